@@ -1,0 +1,233 @@
+"""Cross-field validation of a resolved configuration: every message names the key, its value and the remedy."""
+
+from __future__ import annotations
+
+import math
+
+from megatron_implicit.config.resolve import solver_of_phase
+from megatron_implicit.config.schema import Config, SolverConfig
+from megatron_implicit.errors import ConfigError
+
+
+def validate(config: Config) -> None:
+    """Checks everything that does not depend on the number of processes.
+
+    Raises:
+        ConfigError: the first impossible value or combination.
+    """
+    _validate_model(config)
+    _validate_parallel(config)
+    _validate_solver("solver", config.solver)
+    _validate_curriculum(config)
+    _validate_inference(config)
+    _validate_data(config)
+    _validate_training(config)
+    _validate_debug(config)
+
+
+def validate_world(config: Config, world_size: int) -> None:
+    """Checks the layout against the number of processes of the job.
+
+    Raises:
+        ConfigError: the world does not hold a whole number of model replicas, or the batch does not divide over them.
+    """
+    parallel, train = config.parallel, config.train
+    ranks_per_replica = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size % ranks_per_replica:
+        raise ConfigError(
+            f"parallel.tensor={parallel.tensor} x parallel.pipeline={parallel.pipeline} needs a multiple of "
+            f"{ranks_per_replica} processes, but the job has {world_size}: change the layout or --nproc-per-node"
+        )
+    replicas = world_size // ranks_per_replica
+    samples = train.micro_batch_size * replicas
+    if train.global_batch_size % samples:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {replicas} data-parallel replicas = {samples}: "
+            f"use {_nearest_multiple(train.global_batch_size, samples)} or change train.micro_batch_size"
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(section: str, values: object, *names: str) -> None:
+    for name in names:
+        value = getattr(values, name)
+        _require(value is not None and value > 0, f"{section}.{name}={value} must be positive")
+
+
+def _fraction(name: str, value: float) -> None:
+    _require(0.0 <= value <= 1.0, f"{name}={value} must lie between 0 and 1")
+
+
+def _nearest_multiple(value: int, step: int) -> int:
+    return max(step, round(value / step) * step)
+
+
+def _divides(config: Config, name: str, value: int, by: int, why: str) -> None:
+    _require(
+        value % by == 0,
+        f"{name}={value} is not divisible by {why}={by}: use {_nearest_multiple(value, by)} or change {why}",
+    )
+
+
+def _validate_model(config: Config) -> None:
+    model = config.model
+    _positive("model", model, "num_layers", "hidden_size", "expand", "num_groups", "conv_width", "norm_eps")
+    if model.vocab_size is not None:
+        _positive("model", model, "vocab_size")
+    _fraction("model.dropout", model.dropout)
+    _require(
+        not (config.implicit and model.dropout > 0),
+        f"model.dropout={model.dropout} is refused for {model.family}: every pass of the solve would draw another "
+        "mask, so there is no fixed point; set it to 0",
+    )
+    if config.architecture == "mamba2":
+        _validate_mamba2(config)
+    else:
+        _validate_llama(config)
+
+
+def _validate_mamba2(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    _positive("model", model, "state_size", "head_dim", "scan_chunk_size")
+    inner = model.expand * model.hidden_size
+    _require(
+        inner % model.head_dim == 0,
+        f"model.head_dim={model.head_dim} does not divide the inner width model.expand x model.hidden_size = {inner}: "
+        "change one of them",
+    )
+    heads = inner // model.head_dim
+    _divides(config, "the number of Mamba2 heads (model.expand x model.hidden_size / model.head_dim)", heads,
+             model.num_groups, "model.num_groups")  # fmt: skip
+    _divides(config, "the number of Mamba2 heads (model.expand x model.hidden_size / model.head_dim)", heads,
+             tensor, "parallel.tensor")  # fmt: skip
+    _require(
+        model.num_groups == 1 or model.num_groups % tensor == 0,
+        f"model.num_groups={model.num_groups} must be 1 or a multiple of parallel.tensor={tensor}",
+    )
+
+
+def _validate_llama(config: Config) -> None:
+    model, tensor = config.model, config.parallel.tensor
+    _positive("model", model, "num_heads", "num_query_groups", "ffn_size", "rope_base")
+    _divides(config, "model.hidden_size", model.hidden_size, model.num_heads, "model.num_heads")
+    _divides(config, "model.num_heads", model.num_heads, model.num_query_groups, "model.num_query_groups")
+    _divides(config, "model.num_heads", model.num_heads, tensor, "parallel.tensor")
+    _divides(config, "model.num_query_groups", model.num_query_groups, tensor, "parallel.tensor")
+    head = model.hidden_size // model.num_heads
+    _require(head % 2 == 0, f"model.hidden_size / model.num_heads = {head} must be even for the rotary embedding")
+
+
+def _validate_parallel(config: Config) -> None:
+    parallel = config.parallel
+    _positive("parallel", parallel, "tensor", "pipeline", "context", "timeout_minutes", "microbatches_in_flight")
+    _require(
+        not parallel.sequence or parallel.tensor > 1,
+        f"parallel.sequence=true needs parallel.tensor > 1, but it is {parallel.tensor}: drop it or raise parallel.tensor",
+    )
+    if parallel.sequence:
+        _divides(config, "data.sequence_length", config.data.sequence_length, parallel.tensor, "parallel.tensor")
+    _require(
+        parallel.context == 1,
+        f"parallel.context={parallel.context} is not supported: set it to 1 and use parallel.tensor or parallel.sequence",
+    )
+    _require(
+        parallel.pipeline == 1,
+        f"parallel.pipeline={parallel.pipeline} is not supported yet: set it to 1 and use parallel.tensor",
+    )
+
+
+def _validate_solver(section: str, solver: SolverConfig) -> None:
+    _positive(section, solver, "max_iterations", "damping", "phantom_damping")
+    _require(solver.tolerance >= 0, f"{section}.tolerance={solver.tolerance} must not be negative")
+    _require(
+        solver.phantom_steps >= 1 or solver.gradient == "unrolled",
+        f"{section}.phantom_steps={solver.phantom_steps} leaves the model without gradient: use at least 1",
+    )
+    for name in ("damping", "phantom_damping", "fallback_damping"):
+        value = getattr(solver, name)
+        _require(value is None or 0 < value <= 1, f"{section}.{name}={value} must lie in (0, 1]")
+
+
+def _validate_curriculum(config: Config) -> None:
+    phases = config.curriculum
+    _require(phases[0].start == 0.0, f"curriculum[0].start={phases[0].start} must be 0: the first phase begins the run")
+    for index, phase in enumerate(phases):
+        _fraction(f"curriculum[{index}].start", phase.start)
+        _validate_solver(f"curriculum[{index}]", solver_of_phase(config.solver, phase))
+        if index:
+            _require(
+                phase.start > phases[index - 1].start,
+                f"curriculum[{index}].start={phase.start} must be larger than the phase before it "
+                f"({phases[index - 1].start}): put the phases in order",
+            )
+
+
+def _validate_inference(config: Config) -> None:
+    inference = config.inference
+    _require(inference.max_iterations >= 2, f"inference.max_iterations={inference.max_iterations} must be at least 2: "
+             "one solver pass and the output pass")  # fmt: skip
+    _require(inference.tolerance >= 0, f"inference.tolerance={inference.tolerance} must not be negative")
+    _require(0 < inference.damping <= 1, f"inference.damping={inference.damping} must lie in (0, 1]")
+
+
+def _validate_data(config: Config) -> None:
+    data = config.data
+    _positive("data", data, "sequence_length")
+    _require(
+        len(data.split) == 3 and all(share >= 0 for share in data.split) and data.split[0] > 0,
+        f"data.split={data.split} must be three shares (train, validation, test), the first above 0",
+    )
+    _require(math.isclose(sum(data.split), 1.0, abs_tol=1e-6), f"data.split={data.split} must add up to 1")
+
+
+def _validate_training(config: Config) -> None:
+    train, optimizer, schedule = config.train, config.optimizer, config.schedule
+    _positive("train", train, "steps", "global_batch_size", "micro_batch_size", "validation_batches")
+    _positive("optimizer", optimizer, "learning_rate", "eps")
+    for name in ("beta1", "beta2"):
+        value = getattr(optimizer, name)
+        _require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
+    for section, values, names in (
+        ("optimizer", optimizer, ("weight_decay", "clip_grad_norm")),
+        ("schedule", schedule, ("min_learning_rate",)),
+        ("train", train, ("validate_every", "seed")),
+        ("checkpoint", config.checkpoint, ("save_every", "keep_every")),
+    ):
+        for name in names:
+            value = getattr(values, name)
+            _require(value >= 0, f"{section}.{name}={value} must not be negative")
+    _positive("checkpoint", config.checkpoint, "keep_last")
+    _positive("telemetry", config.telemetry, "console_every")
+    _fraction("schedule.warmup_fraction", schedule.warmup_fraction)
+    _fraction("schedule.decay_fraction", schedule.decay_fraction)
+    _require(
+        schedule.warmup_fraction + schedule.decay_fraction <= 1.0,
+        f"schedule.warmup_fraction={schedule.warmup_fraction} + schedule.decay_fraction={schedule.decay_fraction} "
+        "exceed 1: shorten one of them",
+    )
+
+
+def _validate_debug(config: Config) -> None:
+    if config.debug.inject is not None:
+        parse_fault(config.debug.inject)
+
+
+FAULTS = ("nonfinite_iterate", "crash")
+
+
+def parse_fault(text: str) -> tuple[str, int, int]:
+    """(kind, step, rank) of ``debug.inject``; the rank defaults to 0.
+
+    Raises:
+        ConfigError: the text is not KIND@STEP or KIND@STEP:RANK with a known kind.
+    """
+    kind, _, place = text.partition("@")
+    step, _, rank = place.partition(":")
+    if kind not in FAULTS or not step.isdigit() or not (rank == "" or rank.isdigit()):
+        raise ConfigError(f"debug.inject={text} must be KIND@STEP or KIND@STEP:RANK with KIND one of {', '.join(FAULTS)}")
+    return kind, int(step), int(rank or 0)

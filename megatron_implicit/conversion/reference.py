@@ -1,0 +1,296 @@
+"""The paper's public format: its config.json as our configuration, its state-dict keys as slices of our parameters.
+
+Source of names and meaning: microsoft/implicit_languagemodels at 84a0bf3.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Mapping, Optional
+
+import torch
+from torch import Tensor, nn
+
+from megatron_implicit.config import Config, config_from_dict
+from megatron_implicit.errors import CheckpointError
+from megatron_implicit.layers.sections import Section, injection_projection, projection
+from megatron_implicit.layers.sharding import Placement, placed_parameters
+from megatron_implicit.models.initialisation import named_modules_globally
+
+_LAYER = re.compile(r"^decoder\.map\.stack\.layers\.(\d+)\.(.+)$")
+_DIRECT = {
+    "embedding.word_embeddings.weight": "word_emb.emb.weight",
+    "decoder.injection_norm.weight": "backbone.injection_norm.weight",
+    "decoder.map.final_norm.weight": "backbone.norm_f.weight",
+}
+_IN_LAYER = {
+    "norm.weight": "norm.weight",
+    "input_layernorm.weight": "norm.weight",
+    "pre_mlp_layernorm.weight": "norm2.weight",
+    "mixer.norm.weight": "mixer.norm.weight",
+    "mixer.dt_bias": "mixer.dt_bias",
+    "mixer.A_log": "mixer.A_log",
+    "mixer.D": "mixer.D",
+}
+_MODULES_IN_LAYER = {
+    "mixer.out_proj.columns": "mixer.out_proj",
+    "self_attention.linear_proj.columns": "mixer.out_proj",
+    "mlp.linear_fc2.columns": "mlp.fc2",
+}
+_SECTION = re.compile(r"^(.+?)(?:\.rows)?\.sections\.(\w+)$")
+_MODULE_A_SECTION = {"self_attention.linear_qkv": "mixer.w{}", "mlp.linear_fc1": "mlp.{}"}
+_ROWS_A_SECTION = {"mixer.in_proj": ("mixer.in_proj", "mamba_in"), "mixer.conv1d": ("mixer.conv1d", "mamba_conv")}
+TIED_KEYS = ("criterion.decoder.weight", "lm_head.weight")
+"""Keys that only repeat the embedding."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One of our parameters as a slice of a reference tensor."""
+
+    name: str
+    """Name of the parameter in our model, layers numbered globally."""
+    parameter: nn.Parameter
+    key: str
+    """Key in the reference's state dict."""
+    rows: Optional[slice]
+    """Rows of the reference tensor that the whole parameter covers; None means all."""
+    placement: Optional[Placement]
+    """This rank's slice of the whole parameter."""
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """This rank's part of a reference tensor, in our parameter's shape."""
+        whole = tensor if self.rows is None else tensor[self.rows]
+        if self.parameter.ndim == 1:
+            whole = whole.reshape(-1)
+        if self.placement is not None:
+            part = self.placement.partition
+            whole = whole.narrow(self.placement.axis, part.start, part.size)
+        return whole
+
+
+def reference_slots(model: nn.Module) -> list[Slot]:
+    """Where each parameter of a model of ours sits in the reference's state dict."""
+    return [
+        Slot(name, parameter, *_reference_place(name, model), placement)
+        for name, parameter, placement in placed_parameters(named_modules_globally(model))
+    ]
+
+
+def _reference_place(name: str, model: nn.Module) -> tuple[str, Optional[slice]]:
+    """(reference key, rows) of a parameter."""
+    if name in _DIRECT:
+        return _DIRECT[name], None
+    if name.startswith("decoder.injection.rows.sections."):
+        section, leaf = name.split(".")[-2:]
+        return f"backbone.injection.{leaf}", _rows_of(section, injection_projection(model.config).sections)
+    match = _LAYER.match(name)
+    if match is None:
+        raise CheckpointError(f"parameter {name} has no counterpart in the reference format")
+    layer, inner = f"backbone.layers.{match[1]}.", match[2]
+    if inner in _IN_LAYER:
+        return layer + _IN_LAYER[inner], None
+    module, leaf = inner.rsplit(".", 1)
+    if module in _MODULES_IN_LAYER:
+        return f"{layer}{_MODULES_IN_LAYER[module]}.{leaf}", None
+    owner, section = _SECTION.match(module).groups()
+    if owner in _MODULE_A_SECTION:
+        return f"{layer}{_MODULE_A_SECTION[owner].format(section)}.{leaf}", None
+    target, rows_of = _ROWS_A_SECTION[owner]
+    return f"{layer}{target}.{leaf}", _rows_of(section, projection(rows_of, model.config).sections)
+
+
+def _rows_of(name: str, sections: tuple[Section, ...]) -> slice:
+    start = 0
+    for section in sections:
+        if section.name == name:
+            return slice(start, start + section.rows)
+        start += section.rows
+    raise KeyError(name)
+
+
+def load_reference_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
+    """Fills a model of ours, on any layout, from reference tensors.
+
+    Raises:
+        CheckpointError: keys are missing or left over, or a shape does not fit; named in one line.
+    """
+    slots = reference_slots(model)
+    wanted = {slot.key for slot in slots}
+    missing = sorted(wanted - set(tensors))
+    extra = sorted(set(tensors) - wanted - set(TIED_KEYS))
+    if missing or extra:
+        problem = f"lacks {_some(missing)}" if missing else f"has unexpected {_some(extra)}"
+        raise CheckpointError(f"{source} {problem}: it does not hold the model its config.json describes")
+    with torch.no_grad():
+        for slot in slots:
+            _copy(slot, tensors[slot.key], source)
+
+
+def _copy(slot: Slot, tensor: Tensor, source: str) -> None:
+    try:
+        part = slot.pick(tensor)
+    except (RuntimeError, IndexError):
+        part = tensor[:0]
+    if part.shape != slot.parameter.shape:
+        raise CheckpointError(
+            f"{source}: {slot.key} has shape {tuple(tensor.shape)}, which does not fit the config.json beside it "
+            f"(parameter {slot.name} of shape {tuple(slot.parameter.shape)})"
+        )
+    slot.parameter.copy_(part)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def gather_reference(
+    model: nn.Module, value: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()
+) -> dict[str, Tensor]:
+    """Whole tensors under the reference's keys, gathered over the tensor group; every rank must call it.
+
+    Args:
+        model: a model of ours.
+        value: what to gather of each parameter: itself, or for example its gradient.
+    """
+    pieces: dict[str, list[tuple[int, Tensor]]] = {}
+    for slot in reference_slots(model):
+        whole = _gather(value(slot.parameter), slot.placement, model.decoder.tp_group)
+        pieces.setdefault(slot.key, []).append((slot.rows.start if slot.rows else 0, whole))
+    return {key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])])) for key, parts in pieces.items()}
+
+
+def _gather(local: Tensor, placement: Optional[Placement], group: Any) -> Tensor:
+    if placement is None or placement.partition.ranks == 1:
+        return local
+    part, axis = placement.partition, placement.axis
+    padding = [0, 0] * (local.ndim - axis - 1) + [0, part.computed - part.size]
+    padded = torch.nn.functional.pad(local, padding).contiguous()
+    shards = [torch.empty_like(padded) for _ in range(part.ranks)]
+    torch.distributed.all_gather(shards, padded, group=group)
+    return torch.cat(shards, dim=axis).narrow(axis, 0, part.logical)
+
+
+def _reference_shape(key: str, tensor: Tensor) -> Tensor:
+    if not key.endswith("weight_g"):
+        return tensor
+    return tensor.view(-1, 1, 1) if "conv1d" in key else tensor.view(-1, 1)
+
+
+# ---------------------------------------------------------------- config.json
+
+
+def config_from_reference(reference: dict[str, Any], source: str) -> Config:
+    """Our configuration of a reference config.json; training sections keep their defaults.
+
+    Raises:
+        ConfigError, CheckpointError: the file lacks a field or describes a model we do not build.
+    """
+    try:
+        return config_from_dict(_sections_from_reference(reference))
+    except KeyError as error:
+        raise CheckpointError(f"{source}: config.json lacks {error.args[0]!r}") from None
+
+
+def _sections_from_reference(reference: dict[str, Any]) -> dict[str, Any]:
+    backbone = reference["backbone_config"]
+    architecture = "mamba2" if backbone["block_type"] == "mamba2" else "llama"
+    width, block = backbone["d_model"], backbone.get("block_cfg", {})
+    model: dict[str, Any] = {
+        "family": f"{reference['backbone_type']}_{architecture}",
+        "size": "custom",
+        "num_layers": backbone["n_layer"],
+        "hidden_size": width,
+        "vocab_size": _padded_vocabulary(reference),
+        "embedding_init_std": reference.get("emb_init_std", 0.01),
+    }
+    if architecture == "mamba2":
+        model |= {
+            "state_size": block.get("d_state", 128),
+            "head_dim": block.get("headdim", 64),
+            "expand": block.get("expand", 2),
+            "num_groups": block.get("ngroups", 1),
+            "conv_width": block.get("d_conv", 4),
+            "scan_chunk_size": block.get("chunk_size", 256),
+        }
+    else:
+        model |= {"num_heads": block["n_head"], "ffn_size": int(2 * backbone["d_inner"] / 3)}
+    sections = {
+        "model": model,
+        "train": {"steps": 1},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+    if reference.get("deq_params"):
+        sections |= _solver_from_reference(reference["deq_params"])
+    return sections
+
+
+def _padded_vocabulary(reference: dict[str, Any]) -> int:
+    size = reference["vocab_size"]
+    multiple = reference.get("pad_vocab_size_multiple", 8) if reference.get("pad_vocab") else 1
+    return -(-size // multiple) * multiple
+
+
+def _solver_from_reference(deq: dict[str, Any]) -> dict[str, Any]:
+    solver, training = deq["solver"], deq["training"]
+    iterations = solver["f_max_iter"]
+    evaluation = solver.get("eval_f_max_iter", 0)
+    return {
+        "solver": {
+            "max_iterations": iterations,
+            "tolerance": solver["f_tol"],
+            "phantom_steps": training["grad"],
+            "phantom_damping": training["tau"],
+        },
+        "inference": {
+            "max_iterations": evaluation if evaluation > 0 else int(iterations * solver.get("eval_factor", 4.0)),
+        },
+    }
+
+
+# ---------------------------------------------------------------- folders
+
+
+def is_reference_folder(path: Path) -> bool:
+    """Whether a folder holds a reference config.json."""
+    config = path / "config.json"
+    return config.is_file() and "backbone_config" in config.read_text(encoding="utf-8", errors="replace")
+
+
+def read_reference_config(folder: Path) -> Config:
+    """The configuration of a reference folder.
+
+    Raises:
+        CheckpointError: config.json is not valid JSON or lacks a field.
+    """
+    try:
+        reference = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON: copy the folder again") from None
+    return config_from_reference(reference, str(folder))
+
+
+def read_reference_tensors(folder: Path) -> dict[str, Tensor]:
+    """The weights of a reference folder, safetensors first, a pickle only with weights_only.
+
+    Raises:
+        CheckpointError: no weights, or a damaged or unsafe file.
+    """
+    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
+    try:
+        if safe.is_file():
+            from safetensors.torch import load_file
+
+            return load_file(safe)
+        if pickled.is_file():
+            return torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise their own kinds
+        file = safe if safe.is_file() else pickled
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{file} cannot be read ({reason}): it is damaged or unsafe; copy it again") from None
+    raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: check the path")
+
+

@@ -1,0 +1,57 @@
+"""Which device this process computes on, and which backend its collectives use."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Platform:
+    """The accelerator of this machine, or its absence."""
+
+    device_type: str
+    """'cuda' (NVIDIA, or AMD through a ROCm build of torch) or 'cpu'."""
+    backend: str
+    """Backend of torch.distributed's collectives: 'nccl' or 'gloo'."""
+    name: str
+    """The device's name, for logs and benchmarks."""
+
+    def device(self, local_rank: int = 0) -> torch.device:
+        """The device of the process with this rank on its node."""
+        return torch.device("cpu") if self.device_type == "cpu" else torch.device("cuda", local_rank)
+
+    def use(self, local_rank: int) -> torch.device:
+        """Makes that device the current one and returns it."""
+        device = self.device(local_rank)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        return device
+
+    def device_count(self) -> int | None:
+        """Accelerators visible to this process; None on a CPU, where any number of processes may share it."""
+        return torch.cuda.device_count() if self.device_type == "cuda" else None
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory this process has held: allocated on the device, or resident on a CPU."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def synchronize(self) -> None:
+        """Waits for the work queued on the device."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()
+
+
+@functools.lru_cache(maxsize=1)
+def current_platform() -> Platform:
+    """The platform of this machine; decided once."""
+    if torch.cuda.is_available():
+        return Platform("cuda", "nccl", torch.cuda.get_device_name())
+    return Platform("cpu", "gloo", f"CPU ({torch.get_num_threads()} threads)")

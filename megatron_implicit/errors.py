@@ -1,0 +1,38 @@
+"""Named errors whose message tells the user what to do. The commands print them as one line and exit non-zero."""
+
+
+class MegatronImplicitError(Exception):
+    """Base of every error a user can cause or must act on; its message names the thing and the remedy."""
+
+
+class ConfigError(MegatronImplicitError):
+    """A configuration key, its value, and what would be accepted instead."""
+
+
+class DataError(MegatronImplicitError):
+    """A corpus, tokenizer or indexed dataset that is missing, damaged or does not fit."""
+
+
+class CheckpointError(MegatronImplicitError):
+    """A checkpoint that is missing, damaged or belongs to another model or run."""
+
+
+class NonFiniteIterateError(MegatronImplicitError):
+    """The fixed-point iteration produced NaN or infinity; names evaluation and samples, and once the trainer knows
+    them, step and microbatch."""
+
+    def __init__(self, *, evaluation: int, samples: list[int], step: int | None = None, microbatch: int | None = None):
+        self.evaluation, self.samples, self.step, self.microbatch = evaluation, samples, step, microbatch
+        place = "" if step is None else f"step {step}, microbatch {microbatch}, "
+        super().__init__(
+            f"{place}evaluation {evaluation}: the fixed-point iterate of sample {', '.join(map(str, samples))} is not "
+            "finite; lower optimizer.learning_rate or solver.damping, or resume from an earlier checkpoint"
+        )
+
+    def at(self, step: int, microbatch: int) -> "NonFiniteIterateError":
+        """The same error with the step and microbatch it happened in."""
+        return NonFiniteIterateError(evaluation=self.evaluation, samples=self.samples, step=step, microbatch=microbatch)
+
+
+class LaunchError(MegatronImplicitError):
+    """The machine or launcher does not provide what the run needs."""

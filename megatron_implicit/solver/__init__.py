@@ -1,0 +1,17 @@
+"""The fixed-point solve as a state machine; it knows no models, no process groups and no schedules.
+
+``FixedPointSolve.update(F(z))`` answers with what to do next: evaluate F again without gradient (SOLVE), evaluate it
+with gradient (PHANTOM), evaluate it once more for the output (OUTPUT), or stop (DONE). The local loop (``drive``), a
+pipeline schedule, and the sequential and chunked solves of inference all drive this one machine: stopping rule,
+damping, best iterate and trace exist once.
+
+``machine`` the states; ``residual`` the norms; ``settings`` what distinguishes a training solve from an inference
+solve; ``trace`` what a solve reports. May import ``config`` and ``errors``.
+"""
+
+from megatron_implicit.solver.loop import drive
+from megatron_implicit.solver.machine import Decision, FixedPointSolve, Step
+from megatron_implicit.solver.settings import SolveSettings
+from megatron_implicit.solver.trace import SolveTrace
+
+__all__ = ["Decision", "FixedPointSolve", "SolveSettings", "SolveTrace", "Step", "drive"]

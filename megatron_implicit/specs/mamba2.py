@@ -1,0 +1,29 @@
+"""Mamba2 layers for Megatron-Core's MambaStack."""
+
+from __future__ import annotations
+
+from megatron_implicit.layers.mamba2_mixer import Mamba2Mixer
+from megatron_implicit.layers.norms import RMSNorm
+from megatron_implicit.layers.recompute import RecomputedMambaLayer
+from megatron_implicit.layers.stack_config import StackConfig
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules  # isort: skip
+from megatron.core.transformer import ModuleSpec  # isort: skip
+from megatron_implicit.device.megatron import mamba_stack_module  # isort: skip
+
+
+def mamba2_stack_spec(config: StackConfig) -> ModuleSpec:
+    """Pre-norm Mamba2 layers on a float32 residual stream; the final norm belongs to F, not to the stack."""
+    stack = mamba_stack_module()
+    layer = ModuleSpec(
+        module=RecomputedMambaLayer if config.recompute == "layer" else MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=RMSNorm, mixer=ModuleSpec(module=Mamba2Mixer), mamba_bda=get_bias_dropout_add
+        ),
+    )
+    return ModuleSpec(
+        module=stack.MambaStack,
+        params={"post_layer_norm": False, "residual_in_fp32": True},
+        submodules=stack.MambaStackSubmodules(mamba_layer=layer),
+    )
