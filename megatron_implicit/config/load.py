@@ -46,7 +46,7 @@ def load_config(arguments: Sequence[str], *, prog: str | None = None, extra_flag
     arguments = [argument for argument in arguments if argument not in extra_flags]
     parser = _build_parser(prog)
     namespace = parser.parse_args(_file_first(arguments))
-    return _finish(parser.instantiate_classes(namespace))
+    return _finish(parser.instantiate(namespace))
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -56,7 +56,7 @@ def config_from_dict(values: dict[str, Any]) -> Config:
         ConfigError: as :func:`load_config`.
     """
     parser = _build_parser(None)
-    return _finish(parser.instantiate_classes(parser.parse_object(values)))
+    return _finish(parser.instantiate(parser.parse_object(values)))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class ColumnShardedLinear(nn.Module):
             gradient_accumulation_fusion=False,
             allreduce_dgrad=False,
             sequence_parallel=False,
-            tp_group=None,
+            tp_group=self.tp_group,
         )
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(partial, group=self.tp_group), None

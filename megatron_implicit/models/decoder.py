@@ -15,13 +15,15 @@ from torch import Tensor, nn
 from megatron_implicit.comm.reductions import ResidualReducer
 from megatron_implicit.layers.linear import InjectionLinear
 from megatron_implicit.layers.norms import RMSNorm
-from megatron_implicit.layers.passes import LayerStates, Pass
+from megatron_implicit.layers.passes import EffectiveWeight, LayerStates, Pass
 from megatron_implicit.layers.stack_config import StackConfig
 from megatron_implicit.layers.weights import weight_owners
 from megatron_implicit.models.stack_map import StackMap
 from megatron_implicit.solver import FixedPointSolve, SolveSettings, SolveTrace, drive
 
 from megatron.core.transformer.module import MegatronModule  # isort: skip
+
+Weights = dict[nn.Module, EffectiveWeight]
 
 
 class StackDecoder(MegatronModule):
@@ -42,14 +44,19 @@ class StackDecoder(MegatronModule):
         """Called by Megatron-Core's schedules."""
         self.map.stack.set_input_tensor(input_tensor)
 
-    def begin(self, embedding: Tensor, states: Optional[LayerStates] = None) -> Pass:
+    def begin(
+        self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None
+    ) -> Pass:
         """Everything that the evaluations of one microbatch share.
 
         Args:
             embedding: e, [s or s/t, b, h].
             states: of an inference solve over part of a sequence.
+            weights: effective weights of an earlier pass, if the parameters have not changed since.
         """
-        return Pass(weights={owner: owner() for owner in weight_owners(self)}, states=states)
+        if weights is None:
+            weights = {owner: owner() for owner in weight_owners(self)}
+        return Pass(weights=weights, states=states)
 
     def evaluate(self, z: Tensor, bound_pass: Pass, rotary_pos_emb: Optional[Tensor] = None) -> Tensor:
         """One pass of F, [s or s/t, b, h] float32."""
@@ -84,9 +91,11 @@ class FixedPointDecoder(StackDecoder):
         self.injection = InjectionLinear(config, tp_group)
         self._reduce = ResidualReducer(tp_group, sharded=config.sequence_parallel)
 
-    def begin(self, embedding: Tensor, states: Optional[LayerStates] = None) -> Pass:
+    def begin(
+        self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None
+    ) -> Pass:
         """Effective weights, and u = W_inj · RMSNorm(e) + b once for all layers and evaluations."""
-        bound_pass = super().begin(embedding, states)
+        bound_pass = super().begin(embedding, states, weights)
         with bound_pass.bound():
             bound_pass.injection, _ = self.injection(self.injection_norm(embedding))
         return bound_pass

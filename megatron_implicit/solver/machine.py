@@ -88,16 +88,16 @@ class FixedPointSolve:
         return self._update_solve(image)
 
     def trace(self) -> SolveTrace:
-        """Statistics of the solve so far, on the host."""
+        """Statistics of the solve so far, on the device: reading them waits for it."""
         if not self._residuals:
             batch = self._lowest.numel()
             count = torch.full((batch,), self._phantom_count, dtype=torch.long)
             return SolveTrace(count, count, torch.full((batch, 1), float("nan")), torch.zeros(batch, dtype=torch.bool))
         return SolveTrace(
-            iterations=self._iterations.cpu(),
-            evaluations=self._evaluations.cpu(),
-            residuals=torch.stack(self._residuals, dim=1).cpu(),
-            converged=self._converged.cpu(),
+            iterations=self._iterations,
+            evaluations=self._evaluations,
+            residuals=torch.stack(self._residuals, dim=1),
+            converged=self._converged,
             token_residuals=self._last.token,
         )
 
