@@ -34,5 +34,9 @@ class NonFiniteIterateError(MegatronImplicitError):
         return NonFiniteIterateError(evaluation=self.evaluation, samples=self.samples, step=step, microbatch=microbatch)
 
 
+class DivergedError(MegatronImplicitError):
+    """The loss is no longer finite."""
+
+
 class LaunchError(MegatronImplicitError):
     """The machine or launcher does not provide what the run needs."""

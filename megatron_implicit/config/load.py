@@ -32,21 +32,35 @@ class _Parser(jsonargparse.ArgumentParser):
         raise ConfigError(_one_line(message))
 
 
-def load_config(arguments: Sequence[str], *, prog: str | None = None, extra_flags: Sequence[str] = ()) -> Config:
+def load_config(arguments: Sequence[str], *, prog: str | None = None, base: str | Path | None = None) -> Config:
     """Parses ``--config FILE`` and dotted overrides (``--parallel.tensor 2``) into a resolved configuration.
 
     Args:
         arguments: the command line without the program's name.
         prog: program name in ``--help``.
-        extra_flags: on/off flags of the command itself that may stand among the arguments; they are ignored here.
+        base: a YAML file whose values the arguments override; the checkpoint's, for a resumed run.
 
     Raises:
         ConfigError: unknown key, wrong type, missing file or impossible combination, in one line with the remedy.
     """
-    arguments = [argument for argument in arguments if argument not in extra_flags]
+    return _finish(_parse(arguments, prog, base))
+
+
+def peek_run_dir(arguments: Sequence[str], prog: str | None = None) -> str:
+    """``run.dir`` of a command line, before anything else of it is judged.
+
+    Raises:
+        ConfigError: the arguments cannot be parsed.
+    """
+    return _parse(arguments, prog, None).run.dir
+
+
+def _parse(arguments: Sequence[str], prog: str | None, base: str | Path | None) -> Any:
     parser = _build_parser(prog)
-    namespace = parser.parse_args(_file_first(arguments))
-    return _finish(parser.instantiate(namespace))
+    ordered = _file_first(arguments)
+    if base is not None:
+        ordered = ["--config", str(base), *ordered]
+    return parser.instantiate(parser.parse_args(ordered))
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:
@@ -65,8 +79,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes ``config`` as YAML, keys in the schema's order."""
-    Path(path).write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False), encoding="utf-8")
+    """Writes ``config`` as YAML, keys in the schema's order, without what concerns one job and not the run."""
+    values = config_to_dict(config)
+    for section, name in JOB_KEYS:
+        values[section][name] = None
+    Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+JOB_KEYS = (("train", "stop_after_steps"), ("debug", "inject"))
+"""Keys that a resumed run does not inherit."""
 
 
 def _finish(namespace: Any) -> Config:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+import torch
+
 FORCE_VARIABLE = "MEGATRON_IMPLICIT_KERNELS"
 
 WRONG_APEX = (
@@ -31,7 +33,9 @@ class Kernels:
     ssd: str
     """State space scan: 'mamba_ssm' (Triton) or 'torch'."""
     causal_conv: str
-    """Causal convolution: 'causal_conv1d' (CUDA) or 'torch'."""
+    """Causal convolution: 'causal_conv1d' (CUDA), 'onednn' (torch's own, on a CPU) or 'torch'."""
+    norm: str
+    """Root-mean-square norm: 'fused' (torch.nn.functional.rms_norm, one kernel on CUDA) or 'torch'."""
     optimizer: str
     """Adam: 'transformer_engine', 'apex' or 'torch'. Megatron-Core decides this itself, at import and in this order;
     the field reports what it will have found."""
@@ -60,7 +64,8 @@ def _find(device_type: str, forced: str) -> Kernels:
         raise ValueError(f"{FORCE_VARIABLE}={forced!r}: set it to 'torch' to use the torch versions, or unset it")
     choices = {
         "ssd": _accelerated("mamba_ssm", "mamba_ssm.ops.triton.ssd_combined", device_type, forced),
-        "causal_conv": _accelerated("causal_conv1d", "causal_conv1d", device_type, forced),
+        "causal_conv": _find_causal_conv(device_type, forced),
+        "norm": _find_norm(device_type, forced),
         "optimizer": _find_optimizer(),
     }
     reasons = MappingProxyType({name: reason for name, (_, reason) in choices.items()})
@@ -75,6 +80,20 @@ def _accelerated(package: str, module: str, device_type: str, forced: str) -> tu
         return "torch", f"{package} needs a CUDA device, tensors are on {device_type}"
     failure = _import_failure(module)
     return (package, f"{module} found") if failure is None else ("torch", failure)
+
+
+def _find_causal_conv(device_type: str, forced: str) -> tuple[str, str]:
+    if not forced and device_type == "cpu" and torch.backends.mkldnn.is_available():
+        return "onednn", "this torch was built with oneDNN"
+    return _accelerated("causal_conv1d", "causal_conv1d", device_type, forced)
+
+
+def _find_norm(device_type: str, forced: str) -> tuple[str, str]:
+    if forced:
+        return "torch", f"{FORCE_VARIABLE}={forced}"
+    if device_type != "cuda":
+        return "torch", f"torch has no fused norm on {device_type}, and its composed one has a slower backward pass"
+    return "fused", "torch's own"
 
 
 def _find_optimizer() -> tuple[str, str]:

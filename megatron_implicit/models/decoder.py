@@ -40,6 +40,11 @@ class StackDecoder(MegatronModule):
         """Read by Megatron-Core's rotary embedding to learn the sequence length."""
         return self.map.stack.input_tensor
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Read by Megatron-Core's distributed optimizer and its checkpoints."""
+        return self.map.stack.layers
+
     def set_input_tensor(self, input_tensor: Optional[Tensor]) -> None:
         """Called by Megatron-Core's schedules."""
         self.map.stack.set_input_tensor(input_tensor)

@@ -1,0 +1,22 @@
+"""The one place of this folder that imports Megatron-Core's dataset modules: after the device layer prepared them."""
+
+from __future__ import annotations
+
+from megatron_implicit.device import prepare_megatron
+
+prepare_megatron()
+
+from megatron.core.datasets import indexed_dataset  # noqa: E402
+from megatron.core.datasets.blended_dataset import BlendedDataset  # noqa: E402
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
+from megatron.core.datasets.utils import Split  # noqa: E402
+
+__all__ = [
+    "BlendedDataset",
+    "BlendedMegatronDatasetBuilder",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "Split",
+    "indexed_dataset",
+]

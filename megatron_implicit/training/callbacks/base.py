@@ -1,0 +1,31 @@
+"""The hooks of a callback."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_implicit.training.trainer import StepRecord, Trainer
+
+
+class Callback:
+    """Base of all callbacks; every hook runs on every rank, in the order the callbacks were given."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step of this job."""
+
+    def before_step(self, trainer: "Trainer", step: int) -> None:
+        """Before step ``step`` (counted from 1)."""
+
+    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+        """After a step, with its record, which earlier callbacks may have completed."""
+
+    def on_end(self, trainer: "Trainer") -> None:
+        """After the last step of this job."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what ``state_dict`` gave."""

@@ -1,0 +1,101 @@
+"""One line of metrics.jsonl a step, written by rank 0."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_implicit.config import SolverConfig
+from megatron_implicit.device import current_platform
+from megatron_implicit.solver import SolveTrace
+from megatron_implicit.telemetry.flops import model_flops, peak_flops
+from megatron_implicit.telemetry.metrics_file import MetricsWriter
+from megatron_implicit.training.callbacks.base import Callback
+
+from megatron.core import parallel_state  # isort: skip
+
+if TYPE_CHECKING:
+    from megatron_implicit.training.trainer import StepRecord, Trainer
+
+
+class Metrics(Callback):
+    """Aggregates solver statistics over replicas into ``record.metrics`` and appends them to the run's file."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        self._flops = model_flops(trainer.config)
+        self._peak = peak_flops(current_platform().name, trainer.config.train.precision)
+        self._writer = MetricsWriter(trainer.run_dir / "metrics.jsonl") if dist.get_rank() == 0 else None
+        if trainer.initial_validation is not None and self._writer:
+            self._writer.write(
+                {"step": 0, "time": time.time(), "attempt": trainer.state.attempt, "tokens": 0,
+                 "validation_loss": trainer.initial_validation.loss, "phase": trainer.next_phase.name}
+            )  # fmt: skip
+
+    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+        config = trainer.config
+        tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+        solver = record.phase.solver
+        statistics = _solver_statistics(record.result.traces, solver, trainer.device) if config.implicit else {}
+        flops = self._step_flops(trainer, statistics, solver) * tokens_per_step / dist.get_world_size()
+        record.metrics = {
+            "step": record.step,
+            "time": time.time(),
+            "attempt": trainer.state.attempt,
+            "tokens": trainer.state.consumed_tokens,
+            "loss": record.result.loss,
+            "grad_norm": record.result.grad_norm,
+            "learning_rate": record.result.learning_rate,
+            "phase": record.phase.name,
+            **statistics,
+            "step_time_s": record.seconds,
+            "tokens_per_s": tokens_per_step / record.seconds,
+            "model_flops_per_s": flops / record.seconds,
+            "mfu": flops / record.seconds / self._peak if self._peak else None,
+            "memory_bytes": current_platform().peak_memory_bytes(),
+        }
+        if record.validation is not None:
+            record.metrics["validation_loss"] = record.validation.loss
+        if self._writer:
+            self._writer.write(record.metrics)
+
+    def on_end(self, trainer: "Trainer") -> None:
+        if self._writer:
+            self._writer.close()
+
+    def _step_flops(self, trainer: "Trainer", statistics: dict[str, Any], solver: SolverConfig) -> float:
+        if not trainer.config.implicit or solver.gradient == "unrolled":
+            return self._flops.of_phase(solver, trainer.config.implicit)
+        return self._flops.training(statistics["evaluations_mean"], solver.phantom_steps)
+
+
+def _solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: torch.device) -> dict[str, float | None]:
+    """Means and maxima over all samples of all replicas; without a tolerance nothing can be unconverged."""
+    group = parallel_state.get_data_parallel_group()
+    iterations = torch.cat([trace.iterations for trace in traces]).double()
+    evaluations = torch.cat([trace.evaluations for trace in traces]).double()
+    residuals = torch.cat([trace.accepted_residuals for trace in traces]).double()
+    unconverged = torch.cat([~trace.converged for trace in traces]).double()
+    values = torch.stack((iterations, evaluations, residuals, unconverged)).to(device)
+    sums = torch.cat((values.sum(dim=1), torch.full((1,), values.shape[1], dtype=torch.float64, device=device)))
+    peaks = values.amax(dim=1)
+    dist.all_reduce(sums, group=group)
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=group)
+    means = (sums[:4] / sums[4]).tolist()
+    highest = peaks.tolist()
+    return {
+        "iterations_mean": means[0],
+        "iterations_max": highest[0],
+        "evaluations_mean": means[1],
+        "evaluations_max": highest[1],
+        "residual_mean": _number(means[2]),
+        "residual_max": _number(highest[2]),
+        "unconverged_fraction": means[3] if solver.tolerance > 0 else None,
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN (an unrolled phase has no residuals)."""
+    return None if value != value else value

@@ -1,0 +1,161 @@
+"""The training loop: steps, and callbacks around them."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megatron_implicit.checkpoint import TrainingState
+from megatron_implicit.config import Config
+from megatron_implicit.device import current_platform
+from megatron_implicit.device.kernels import describe
+from megatron_implicit.models.decoder import FixedPointDecoder
+from megatron_implicit.solver import SolveSettings
+from megatron_implicit.training.callbacks.base import Callback
+from megatron_implicit.training.curriculum import Curriculum, Phase
+from megatron_implicit.training.data import TrainingData
+from megatron_implicit.training.optimizer import TrainingParts
+from megatron_implicit.training.step import StepResult, StepRunner
+from megatron_implicit.training.validation import HeldOutLoss
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How this job came to work on the run."""
+
+    kind: str
+    """'start', 'resume' or 'branch'."""
+    message: str
+    """For the event log."""
+
+
+@dataclass
+class StepRecord:
+    """Everything known about a step; callbacks complete it in their order."""
+
+    step: int
+    phase: Phase
+    result: StepResult
+    seconds: float
+    validation: Optional[HeldOutLoss] = None
+    metrics: Optional[dict[str, Any]] = None
+
+
+class Trainer:
+    """Runs a session's steps.
+
+    Args:
+        config: resolved.
+        parts: wrapped model, optimizer and schedule.
+        data: batches of this replica.
+        state: where the run stands.
+        origin: how this job began.
+        callbacks: in the order their hooks run.
+    """
+
+    def __init__(
+        self, config: Config, parts: TrainingParts, data: TrainingData, state: TrainingState, origin: Origin,
+        device: torch.device, callbacks: Sequence[Callback],
+    ) -> None:  # fmt: skip
+        self.config, self.parts, self.data, self.state, self.origin = config, parts, data, state, origin
+        self.device, self.callbacks = device, list(callbacks)
+        self.run_dir = Path(config.run.dir)
+        self.initial_validation: Optional[HeldOutLoss] = None
+        self._curriculum = Curriculum(config)
+        self._runner = StepRunner(config, parts)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model without its data-parallel wrapper."""
+        return self.parts.model.module
+
+    @property
+    def last_step(self) -> int:
+        """The step this job ends with."""
+        stop = self.config.train.stop_after_steps
+        return self.config.train.steps if stop is None else min(stop, self.config.train.steps)
+
+    @property
+    def next_phase(self) -> Phase:
+        """The phase of the step that comes next."""
+        return self._curriculum.phase(self.state.consumed_tokens)
+
+    def run(self) -> None:
+        """Runs this job's steps.
+
+        Raises:
+            MegatronImplicitError: the run cannot go on; the message says why and what to do.
+        """
+        for callback in self.callbacks:
+            callback.on_start(self)
+        batches = self.data.training_batches(self.state.consumed_samples)
+        while self.state.step < self.last_step:
+            record = self._run_step(batches)
+            for callback in self.callbacks:
+                callback.after_step(self, record)
+        for callback in self.callbacks:
+            callback.on_end(self)
+
+    def _run_step(self, batches: Any) -> StepRecord:
+        step, phase = self.state.step + 1, self.next_phase
+        if isinstance(self.model.decoder, FixedPointDecoder):
+            self.model.decoder.solver = SolveSettings.training(phase.solver)
+        for callback in self.callbacks:
+            callback.before_step(self, step)
+        began = time.perf_counter()
+        result = self._runner.run(step, batches, self.device)
+        seconds = time.perf_counter() - began
+        train = self.config.train
+        self.state.step = step
+        self.state.consumed_samples += train.global_batch_size
+        self.state.consumed_tokens += train.global_batch_size * self.config.data.sequence_length
+        return StepRecord(step, phase, result, seconds)
+
+    def saved_state(self) -> TrainingState:
+        """The state with every callback's, for a checkpoint."""
+        self.state.layout = [dist.get_world_size(), self.config.parallel.tensor, self.config.parallel.pipeline]
+        self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        return self.state
+
+    def restore_callbacks(self) -> None:
+        """Hands callbacks the states a checkpoint held for them."""
+        for callback in self.callbacks:
+            callback.load_state_dict(self.state.callbacks.get(type(callback).__name__, {}))
+
+    def record_initial_validation(self, loss: HeldOutLoss) -> None:
+        """Keeps the untrained model's held-out loss, the record of step 0."""
+        self.initial_validation = loss
+
+    def event(self, kind: str, message: str) -> None:
+        """Appends a line to events.jsonl, by rank 0."""
+        if dist.get_rank() == 0:
+            line = {
+                "time": time.time(), "step": self.state.step, "attempt": self.state.attempt, "kind": kind,
+                "rank": 0, "message": message,
+            }  # fmt: skip
+            with open(self.run_dir / "events.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def summary(self) -> str:
+        """What is about to run, in a few lines."""
+        config, platform = self.config, current_platform()
+        parameters = sum(p.numel() for p in self.model.parameters())
+        layout = f"{dist.get_world_size()} processes, tensor {config.parallel.tensor}" + (
+            " with sequence parallelism" if config.parallel.sequence else ""
+        )
+        return "\n".join(
+            (
+                f"{config.run.name}: {config.model.family}, {parameters:,} parameters on this rank, {layout}",
+                f"{config.train.steps} steps of {config.train.global_batch_size} x {config.data.sequence_length} tokens; "
+                + ", ".join(f"{phase.name} from {phase.start:.0%}" for phase in config.curriculum),
+                f"on {platform.name}, {platform.backend}\n{describe(platform.device_type)}",
+                f"{self.origin.kind}: {self.origin.message}",
+            )
+        )
