@@ -171,49 +171,54 @@ def train_sentencepiece(
     Raises:
         DataError: no text, more pieces asked for than the text gives, or another tokenizer at ``output``.
     """
+    options = dict(vocab_size=vocab_size, model_type=model_type, character_coverage=character_coverage)
+    model = _train(_Lines(documents), options)
+    tokenizer = SentencePieceTokenizer(model, os.fspath(output))
+    _publish(Path(output), model, overwrite)
+    return tokenizer
+
+
+def _train(lines: _Lines, options: dict[str, Any]) -> bytes:
+    """The bytes of a model trained with ``options`` and ``_EXACT``."""
     import sentencepiece
 
-    lines = _Lines(documents)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            character_coverage=character_coverage,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=0,
-            eos_id=1,
-            bos_id=-1,
-            pad_id=-1,
-            eos_piece=END_OF_DOCUMENT,
-            max_sentence_length=_LONGEST_LINE,
-            num_threads=1,  # more threads change the model's bytes
-            minloglevel=3,
+            sentence_iterator=iter(lines), model_writer=model, minloglevel=3, **_EXACT, **options
         )
     except RuntimeError as error:
         if lines.error is not None:
-            raise lines.error
+            raise lines.error from None
         if not lines.count:
             raise DataError("no text to train a tokenizer on: every document is empty") from error
         reason = str(error).strip().rsplit("] ", 1)[-1].rstrip(".")  # after the source line it quotes
         raise DataError(
-            f"SentencePiece cannot train {vocab_size} pieces on {lines.count} lines ({reason}); choose"
-            " another vocabulary size or more text"
+            f"SentencePiece cannot train {options['vocab_size']} pieces on {lines.count} lines ({reason});"
+            " choose another vocabulary size or more text"
         ) from error
-    tokenizer = SentencePieceTokenizer(model.getvalue(), os.fspath(output))
-    _publish(Path(output), model.getvalue(), overwrite)
-    return tokenizer
+    return model.getvalue()
 
 
 _LONGEST_LINE = 1 << 20
 """Bytes of the longest line that training looks at; SentencePiece skips longer ones."""
+
+_EXACT: dict[str, Any] = dict(
+    byte_fallback=True,
+    normalization_rule_name="identity",
+    add_dummy_prefix=False,
+    remove_extra_whitespaces=False,
+    allow_whitespace_only_pieces=True,
+    split_digits=True,
+    unk_id=0,
+    eos_id=1,
+    bos_id=-1,
+    pad_id=-1,
+    eos_piece=END_OF_DOCUMENT,
+    max_sentence_length=_LONGEST_LINE,
+    num_threads=1,  # more threads change the model's bytes
+)
+"""Options that make a model exact and its bytes a function of the text alone."""
 
 
 class _Lines:

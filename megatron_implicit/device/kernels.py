@@ -126,9 +126,13 @@ def _import_failure(module: str) -> str | None:
     A package whose compiled part does not fit this torch fails in many ways (ImportError, OSError from the loader,
     RuntimeError from a driver query); none of them may end a run that can do without it.
     """
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return f"{module.partition('.')[0]} not found"
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return f"{package} not found"
     try:
+        # The package first: once its import has failed, modules below it may still import, and the answer would
+        # depend on whether someone tried before.
+        importlib.import_module(package)
         importlib.import_module(module)
     except Exception as error:
         return f"{module} failed to import: {type(error).__name__}: {error}".splitlines()[0]

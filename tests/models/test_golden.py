@@ -40,7 +40,7 @@ def check_inference_case(result: dict, family: str, case: str) -> None:
         assert result["iterations"] == result["evaluations"] == [steps] * batch
     expected = goldens.arrays(f"{family}_out")[f"{case}/rel_trace"]
     ours = np.nan_to_num(result["residuals"][0].numpy())
-    np.testing.assert_allclose(ours, np.nan_to_num(expected), atol=1e-5)
+    np.testing.assert_allclose(ours, np.nan_to_num(expected), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("family, case", TRAINING_CASES)

@@ -1,0 +1,64 @@
+"""Measures this machine and prints JSON: ``python tools/benchmark.py train-step``."""
+
+from __future__ import annotations
+
+import json
+
+import _bootstrap  # noqa: F401
+
+from megatron_implicit.cli import CommandParser, run_command
+
+DESCRIPTION = """Measure this machine and print JSON.
+
+    python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
+    python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
+"""
+
+
+def main() -> int:
+    """Runs one benchmark."""
+    parser = CommandParser(DESCRIPTION)
+    parser.add_argument("benchmark", choices=["train-step"])
+    parser.add_argument("--family", choices=["implicit_mamba2", "implicit_llama"], default="implicit_mamba2")
+    parser.add_argument("--width", type=int, default=256, help="model width (default: 256)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the stack (default: 4)")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a microbatch (default: 1024)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a sequence (default: 256)")
+    parser.add_argument("--evaluations", type=int, default=24, help="evaluations of a solve (default: 24)")
+    parser.add_argument("--phantom-steps", type=int, default=4, help="passes with gradient (default: 4)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--repeats", type=int, default=15, help="measurements of each side (default: 15)")
+    arguments = parser.parse_args()
+
+    from megatron_implicit.device import prepare_megatron
+
+    prepare_megatron()
+    from megatron_implicit.config import config_from_dict
+    from megatron_implicit.training.benchmark import TrainStepBenchmark
+
+    config = config_from_dict(_configuration(arguments))
+    result = TrainStepBenchmark(config, arguments.evaluations, arguments.phantom_steps).run(arguments.repeats)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _configuration(arguments) -> dict:
+    model = {
+        "family": arguments.family, "size": "custom", "hidden_size": arguments.width, "num_layers": arguments.layers,
+        "vocab_size": 4096,
+    }  # fmt: skip
+    if arguments.family.endswith("mamba2"):
+        model |= {"state_size": 64, "head_dim": 64, "scan_chunk_size": 64}
+    else:
+        model |= {"num_heads": max(1, arguments.width // 64)}
+    batch = max(1, arguments.tokens // arguments.sequence_length)
+    return {
+        "model": model,
+        "data": {"sequence_length": arguments.sequence_length},
+        "train": {"steps": 1, "micro_batch_size": batch, "global_batch_size": batch, "precision": arguments.precision},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
