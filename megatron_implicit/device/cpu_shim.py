@@ -11,6 +11,7 @@ import functools
 from typing import Any, Callable, Iterator
 
 import torch
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 
@@ -101,6 +102,8 @@ def _names_cuda(device: Any) -> bool:
 
 def _send_cuda_factories_to_cpu() -> None:
     """torch.{tensor, zeros, ...}(device='cuda'): literals in the optimizer, the loss scaling and the schedules."""
+    # ``with torch.device(...)`` remembers the factories at its first use: it must remember the original ones.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "empty_like", "zeros_like"):
         factory = getattr(torch, name)
 

@@ -1,0 +1,152 @@
+"""Training and checkpoints do not depend on the layout: losses, gradients, updates, counts; sizes that do not divide."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import goldens, traces
+
+from megatron_implicit.checkpoint import CheckpointFolder, TrainingState, load_training_state, save_checkpoint
+from megatron_implicit.config import Config, config_from_dict, config_to_dict
+
+ONE = traces.Layout()
+TENSOR = traces.Layout(tensor=2)
+SEQUENCE = traces.Layout(tensor=2, sequence=True)
+SHARDED = traces.Layout(distributed_optimizer=True)
+TENSOR_SHARDED = traces.Layout(tensor=2, distributed_optimizer=True)
+LAYOUTS = {
+    "TP2": (2, TENSOR),
+    "TP2+SP": (2, SEQUENCE),
+    "DP2": (2, ONE),
+    "TP2xDP2": (4, TENSOR),
+    "DP2 distributed optimizer": (2, SHARDED),
+}
+VOCABULARY, FFN = 131, 85
+
+
+def uneven_config(family: str) -> Config:
+    """The golden training run with a vocabulary, and for Llama an FFN, that no tensor size divides."""
+    values = config_to_dict(traces.golden_training_config(family))
+    values["model"]["vocab_size"] = VOCABULARY
+    if family.endswith("llama"):
+        values["model"]["ffn_size"] = FFN
+    return config_from_dict(values)
+
+
+@functools.lru_cache(maxsize=None)
+def tokens(steps: int = 30) -> torch.Tensor:
+    """Random tokens over the whole uneven vocabulary, [steps, 4, 25]."""
+    return torch.randint(0, VOCABULARY, (steps, 4, 25), generator=torch.Generator().manual_seed(3))
+
+
+def train_uneven(family: str, layout: traces.Layout) -> traces.Trace:
+    """30 steps from the seed's initialisation."""
+    config = layout.apply(uneven_config(family))
+    return traces.train(config, traces.prepare(config, None), tokens())
+
+
+@pytest.fixture(scope="module", params=goldens.IMPLICIT)
+def reference(request: pytest.FixtureRequest, one_process: None) -> tuple[str, traces.Trace]:
+    """The same run on one process."""
+    return request.param, train_uneven(request.param, ONE)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_training_is_the_same_on_every_layout(pool, reference: tuple[str, traces.Trace], name: str) -> None:
+    family, expected = reference
+    world_size, layout = LAYOUTS[name]
+    ranks = pool(world_size).run(train_uneven, family, layout)
+    for trace in ranks:
+        assert trace.iterations == expected.iterations
+        assert trace.evaluations == expected.evaluations
+        assert _relative(trace.losses, expected.losses) <= 1e-5
+        assert _relative(trace.grad_norms, expected.grad_norms) <= 1e-4
+        _assert_close(trace.parameters, expected.parameters, 1e-4)
+        if not layout.distributed_optimizer:  # there each replica holds a part of the averaged gradient
+            _assert_close(trace.gradients, expected.gradients, 1e-3)
+
+
+def test_first_gradients_and_update_are_the_same_with_uneven_sizes(pool, one_process: None) -> None:
+    for family in goldens.IMPLICIT:
+        expected = first_step(family, ONE)
+        for trace in pool(2).run(first_step, family, TENSOR):
+            _assert_close(trace.gradients, expected.gradients, 5e-5)
+            _assert_close(trace.parameters, expected.parameters, 5e-5)
+
+
+def first_step(family: str, layout: traces.Layout) -> traces.Trace:
+    """One step, so that gradients have not yet had the chance to drift."""
+    config = layout.apply(uneven_config(family))
+    return traces.train(config, traces.prepare(config, None), tokens()[:1])
+
+
+def _relative(values: list[float], expected: list[float]) -> float:
+    return max(abs(value / other - 1) for value, other in zip(values, expected, strict=True))
+
+
+def _assert_close(values: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert values.keys() == expected.keys()
+    for key, other in expected.items():
+        assert values[key].shape == other.shape, key
+        assert float((values[key] - other).norm()) <= tolerance * float(other.norm()) + 1e-9, key
+
+
+HALF = 14
+"""Steps before the checkpoint; the phase switches two steps later."""
+
+
+def train_and_save(family: str, layout: traces.Layout, folder: str) -> list[float]:
+    """Trains the first half and saves."""
+    config = layout.apply(uneven_config(family))
+    parts = traces.prepare(config, None)
+    trace = traces.train(config, parts, tokens()[:HALF])
+    state = TrainingState(step=HALF)
+    save_checkpoint(CheckpointFolder(Path(folder)), config, state, parts.model.module, parts.optimizer, parts.scheduler)
+    return trace.losses
+
+
+def load_and_train(family: str, layout: traces.Layout, folder: str, same_layout: bool) -> traces.Trace:
+    """Loads and trains the second half."""
+    config = layout.apply(uneven_config(family))
+    parts = traces.prepare(config, None)
+    step_folder = CheckpointFolder(Path(folder)).latest()
+    load_training_state(
+        step_folder, parts.model.module, parts.optimizer, parts.scheduler, same_layout=same_layout
+    )
+    return traces.train(config, parts, tokens()[HALF:], first_step=HALF + 1)
+
+
+RESHARDINGS = [
+    ("TP1 to TP2+SP", 1, ONE, 2, SEQUENCE),
+    ("TP2 to TP1", 2, TENSOR, 1, ONE),
+    ("DP2 distributed optimizer to TP2", 2, SHARDED, 2, TENSOR_SHARDED),
+    ("TP2xDP2 distributed optimizer to DP2 distributed optimizer", 4, TENSOR_SHARDED, 2, SHARDED),
+]
+
+
+@pytest.mark.parametrize("name, world, saved, new_world, loaded", RESHARDINGS, ids=[case[0] for case in RESHARDINGS])
+def test_a_checkpoint_continues_on_another_layout(
+    pool, tmp_path, reference, name: str, world: int, saved: traces.Layout, new_world: int, loaded: traces.Layout
+) -> None:
+    family, expected = reference
+    pool(world).run(train_and_save, family, saved, str(tmp_path))
+    for trace in pool(new_world).run(load_and_train, family, loaded, str(tmp_path), False):
+        assert _relative(trace.losses, expected.losses[HALF:]) <= 1e-5
+        assert trace.iterations == expected.iterations[HALF:]
+        assert trace.evaluations == expected.evaluations[HALF:]
+
+
+@pytest.mark.parametrize("layout", [SEQUENCE, SHARDED], ids=["TP2+SP", "DP2 distributed optimizer"])
+def test_a_checkpoint_continues_bit_for_bit_on_its_own_layout(pool, tmp_path, layout: traces.Layout) -> None:
+    family = "implicit_mamba2"
+    whole = pool(2).run(train_uneven, family, layout)
+    pool(2).run(train_and_save, family, layout, str(tmp_path))
+    for trace, uninterrupted in zip(pool(2).run(load_and_train, family, layout, str(tmp_path), True), whole):
+        assert trace.losses == uninterrupted.losses[HALF:]
+        assert trace.grad_norms == uninterrupted.grad_norms[HALF:]
+        for key, value in uninterrupted.parameters.items():
+            assert torch.equal(trace.parameters[key], value), key
