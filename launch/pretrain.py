@@ -49,7 +49,7 @@ def _pretrain(arguments: list[str]) -> None:
 
 def _dry_run(arguments: list[str]) -> None:
     from megatron_implicit.config import load_config
-    from megatron_implicit.models.dry_run import print_plan
+    from megatron_implicit.training.dry_run import print_plan
 
     print_plan(load_config(arguments, prog="launch/pretrain.py"))
 

@@ -14,6 +14,8 @@ Size = Literal["tiny", "130m", "370m", "760m", "1.3b", "custom"]
 
 @dataclass
 class ModelConfig:
+    """The model: family, size, and what the size implies."""
+
     family: Family = "implicit_mamba2"
     """Architecture of the stack F, and whether it is iterated to a fixed point (implicit) or run once (explicit)."""
     size: Size = "tiny"
@@ -54,6 +56,8 @@ class ModelConfig:
 
 @dataclass
 class SolverConfig:
+    """The solve of a training forward pass and what carries its gradient."""
+
     max_iterations: int = 24
     """Largest number of evaluations of F in one solve."""
     tolerance: float = 0.05
@@ -74,6 +78,8 @@ class SolverConfig:
 
 @dataclass
 class InferenceConfig:
+    """The solve of evaluation and generation."""
+
     max_iterations: Optional[int] = None
     """Largest number of passes of an inference solve, its output pass included; None means 4 * solver.max_iterations."""
     tolerance: Optional[float] = None
@@ -86,6 +92,8 @@ class InferenceConfig:
 
 @dataclass
 class PhaseConfig:
+    """A stretch of the run with solver values of its own."""
+
     start: float = 0.0
     """Fraction of the run's tokens at which the phase begins; the first phase begins at 0."""
     name: str = "main"
@@ -110,6 +118,8 @@ class PhaseConfig:
 
 @dataclass
 class ParallelConfig:
+    """How the job's processes share the model."""
+
     tensor: int = 1
     """Ranks that share each layer (tensor parallelism)."""
     pipeline: int = 1
@@ -130,6 +140,8 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
+    """Where the tokens come from and how they are split and packed."""
+
     path: str = "runs/quickstart/data"
     """A folder holding NAME.bin/NAME.idx datasets and their tokenizer, or the prefix of one dataset."""
     sequence_length: int = 256
@@ -144,6 +156,8 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
+    """AdamW and clipping."""
+
     learning_rate: Optional[float] = None
     """Peak learning rate; None takes the size table's (five times GPT-3's, the paper's)."""
     beta1: float = 0.9
@@ -160,6 +174,8 @@ class OptimizerConfig:
 
 @dataclass
 class ScheduleConfig:
+    """The learning rate over the run: linear warm-up, constant, then down with 1 - sqrt."""
+
     warmup_fraction: float = 0.01
     """Share of the run's steps over which the learning rate rises linearly from 0."""
     decay_fraction: float = 0.2
@@ -170,6 +186,8 @@ class ScheduleConfig:
 
 @dataclass
 class TrainConfig:
+    """Length, batches, seed and precision of the run."""
+
     steps: Optional[int] = None
     """Optimizer steps of the run; None derives them from tokens."""
     tokens: Optional[float] = None
@@ -192,6 +210,8 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
+    """What is saved, kept and loaded."""
+
     save_every: int = 100
     """Steps between checkpoints; 0 saves only at the end."""
     keep_last: int = 2
@@ -204,6 +224,8 @@ class CheckpointConfig:
 
 @dataclass
 class TelemetryConfig:
+    """What a run says about itself."""
+
     console_every: int = 10
     """Steps between console lines."""
     plots: bool = True
@@ -212,12 +234,16 @@ class TelemetryConfig:
 
 @dataclass
 class DebugConfig:
+    """Faults for tests."""
+
     inject: Optional[str] = None
     """Fault for tests, 'KIND@STEP' or 'KIND@STEP:RANK': nonfinite_iterate, crash. Off by default."""
 
 
 @dataclass
 class RunConfig:
+    """The run's name and folder."""
+
     name: Optional[str] = None
     """Name in logs and dashboards; None means the folder's name."""
     dir: str = "runs/default"

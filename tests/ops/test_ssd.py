@@ -128,8 +128,8 @@ def test_bfloat16_inputs_give_bfloat16_outputs_and_gradients_computed_in_float32
     for tensor in (actual[0], *actual[2:]):
         assert tensor.dtype == torch.bfloat16
     y, state = ssd_scan(*same_values[:6], chunk_size=8, initial_state=same_values[6])
-    torch.testing.assert_close(actual[0], y.bfloat16())
-    torch.testing.assert_close(actual[1], state)
+    torch.testing.assert_close(actual[0], y.bfloat16(), rtol=0, atol=0)
+    torch.testing.assert_close(actual[1], state, rtol=0, atol=0)
 
 
 def test_backward_pass_saves_the_inputs_only() -> None:

@@ -20,6 +20,7 @@ prepare_megatron()
 
 from megatron_implicit.models.builder import build_model  # noqa: E402
 from megatron_implicit.models.parameters import ComponentCount, count_parameters  # noqa: E402
+from megatron_implicit.training.data import open_run_tokenizer  # noqa: E402
 
 from megatron.core import parallel_state, tensor_parallel  # isort: skip
 
@@ -46,11 +47,9 @@ def print_plan(config: Config) -> None:
     """Prints parameters by component, memory a rank and FLOPs a token for each phase.
 
     Raises:
-        ConfigError: the vocabulary is not known without a tokenizer.
+        DataError: model.vocab_size is not set and there is no tokenizer to take it from.
     """
     if config.model.vocab_size is None:
-        from megatron_implicit.training.data import open_run_tokenizer
-
         open_run_tokenizer(config)
     model = _build_on_meta(config)
     console = Console(highlight=False)

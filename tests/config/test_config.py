@@ -1,0 +1,108 @@
+"""Configurations: presets, overrides, and errors that name key, value and remedy in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_implicit.config import config_from_dict, config_to_dict, load_config, save_config
+from megatron_implicit.config.load import peek_run_dir
+from megatron_implicit.config.resolve import solver_of_phase
+from megatron_implicit.config.validate import parse_fault, validate_world
+from megatron_implicit.errors import ConfigError
+
+PRESETS = Path(__file__).parents[2] / "launch" / "configs"
+FAMILIES = ("implicit_mamba2", "implicit_llama", "explicit_mamba2", "explicit_llama")
+TINY = ["--config", str(PRESETS / "implicit_mamba2_tiny.yaml")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", ["tiny", "130m", "370m", "760m", "1.3b"])
+def test_every_preset_loads(family: str, size: str) -> None:
+    config = load_config(["--config", str(PRESETS / f"{family}_{size}.yaml")])
+    assert (config.model.family, config.model.size) == (family, size)
+    if size != "tiny":
+        assert config.train.tokens == pytest.approx(207e9, rel=1e-5)
+        assert config.train.global_batch_size * config.data.sequence_length == 2**20
+
+
+def test_the_papers_curriculum() -> None:
+    config = load_config(["--config", str(PRESETS / "implicit_llama_1.3b.yaml")])
+    bounded, free = (solver_of_phase(config.solver, phase) for phase in config.curriculum)
+    assert (bounded.max_iterations, bounded.phantom_steps, bounded.tolerance) == (4, 1, 0.0)
+    assert (free.max_iterations, free.phantom_steps, free.tolerance, free.phantom_damping) == (32, 4, 0.05, 0.8)
+    assert (config.model.ffn_size, config.model.vocab_size, config.optimizer.learning_rate) == (5461, 50277, 1e-3)
+
+
+def test_overrides_win_wherever_they_stand() -> None:
+    before = load_config(["--parallel.tensor", "2", *TINY, "--train.steps=7"])
+    after = load_config([*TINY, "--train.steps=7", "--parallel.tensor", "2"])
+    assert before == after
+    assert (before.parallel.tensor, before.train.steps) == (2, 7)
+
+
+def test_a_resumed_runs_values_stand_under_the_arguments(tmp_path: Path) -> None:
+    saved = load_config([*TINY, "--train.steps", "7", "--train.stop_after_steps", "3", "--run.dir", "somewhere"])
+    save_config(saved, tmp_path / "config.yaml")
+    resumed = load_config(["--checkpoint.keep_last", "5"], base=tmp_path / "config.yaml")
+    assert (resumed.train.steps, resumed.run.dir, resumed.checkpoint.keep_last) == (7, "somewhere", 5)
+    assert resumed.train.stop_after_steps is None
+    assert peek_run_dir([*TINY, "--run.dir", "else"]) == "else"
+
+
+def test_dictionaries_round_trip() -> None:
+    config = load_config(TINY)
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+LLAMA = ["--config", str(PRESETS / "implicit_llama_tiny.yaml")]
+REFUSED = [
+    (["--parallel.tensr", "2"], "unknown configuration key 'parallel.tensr': did you mean 'parallel.tensor'"),
+    (["--train.steps", "x"], "train.steps=x is not valid: expected an integer"),
+    (["--model.family", "gpt"], "model.family=gpt is not valid: expected one of implicit_mamba2"),
+    (["--parallel.sequence", "true"], "parallel.sequence=true needs parallel.tensor > 1"),
+    (["--parallel.context", "2"], "parallel.context=2 is not supported"),
+    (["--parallel.tensor", "3"], "=8 is not divisible by parallel.tensor=3"),
+    (["--model.num_groups", "3"], "is not divisible by model.num_groups=3"),
+    (["--model.head_dim", "48"], "model.head_dim=48 does not divide the inner width"),
+    (["--model.dropout", "0.1"], "model.dropout=0.1 is refused for implicit_mamba2"),
+    (["--data.split", "[0.5,0.1,0.1]"], "data.split=.* must add up to 1"),
+    (["--data.split", "[1.0]"], "data.split=.* must be three shares"),
+    (["--solver.tolerance", "-1"], "solver.tolerance=-1.0 must not be negative"),
+    (["--solver.damping", "1.5"], r"solver.damping=1.5 must lie in \(0, 1\]"),
+    (["--solver.phantom_steps", "0"], "solver.phantom_steps=0 leaves the model without gradient"),
+    (["--curriculum", "[{start: 0.1}]"], r"curriculum\[0\].start=0.1 must be 0"),
+    (["--curriculum", "[{start: 0.0}, {start: 0.0}]"], r"curriculum\[1\].start=0.0 must be larger"),
+    (["--curriculum", "[{strt: 0.0}]"], "unknown configuration key 'strt'"),
+    (["--schedule.warmup_fraction", "0.9"], "exceed 1: shorten one of them"),
+    (["--train.micro_batch_size", "0"], "train.micro_batch_size=0 must be positive"),
+    (["--optimizer.beta2", "1.0"], "optimizer.beta2=1.0 must lie in"),
+    (["--debug.inject", "fire@3"], "debug.inject=fire@3 must be KIND@STEP"),
+    (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
+    ([*LLAMA, "--model.num_heads", "3"], "model.hidden_size=128 is not divisible by model.num_heads=3"),
+    ([*LLAMA, "--parallel.tensor", "8"], "model.num_heads=4 is not divisible by parallel.tensor=8"),
+    ([*LLAMA, "--model.num_query_groups", "3"], "model.num_heads=4 is not divisible by model.num_query_groups=3"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", REFUSED, ids=[" ".join(a)[-40:] for a, _ in REFUSED])
+def test_impossible_values_are_refused_in_one_line(arguments: list[str], message: str) -> None:
+    base = [] if "--config" in arguments else TINY
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config([*base, *arguments])
+    assert "\n" not in str(caught.value)
+
+
+def test_the_world_must_hold_whole_replicas_and_whole_batches() -> None:
+    config = load_config([*TINY, "--parallel.tensor", "2"])
+    validate_world(config, 2)
+    with pytest.raises(ConfigError, match="needs a multiple of 2 processes, but the job has 3"):
+        validate_world(config, 3)
+    with pytest.raises(ConfigError, match="train.global_batch_size=8 is not a multiple of train.micro_batch_size=8 x 2"):
+        validate_world(config, 4)
+
+
+def test_faults_are_parsed() -> None:
+    assert parse_fault("crash@12:1") == ("crash", 12, 1)
+    assert parse_fault("nonfinite_iterate@3") == ("nonfinite_iterate", 3, 0)
