@@ -15,6 +15,7 @@ from torch import nn
 from megatron_implicit.checkpoint.integrity import verify_manifest, write_manifest
 from megatron_implicit.checkpoint.layout import CONFIG_FILE, STATE_FILE, CheckpointFolder, write_durably
 from megatron_implicit.config import Config, save_config
+from megatron_implicit.device.megatron import collect_checkpoint_writes_in_process
 from megatron_implicit.errors import CheckpointError
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip
@@ -65,6 +66,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    collect_checkpoint_writes_in_process()
     shards = _training_shards(model, optimizer, loading=False)
     shards["scheduler"] = scheduler.state_dict()
     dist_checkpointing.save(shards, str(partial), validate_access_integrity=True)

@@ -83,3 +83,17 @@ def accepted_arguments(function: Callable[..., Any], **arguments: Any) -> dict[s
     """Those of ``arguments`` that this version's ``function`` takes: newer keywords are dropped on older versions."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def collect_checkpoint_writes_in_process() -> None:
+    """Makes dist_checkpointing hand write results over by a plain queue instead of a Manager's.
+
+    A synchronous save puts and gets them in one process. Upstream starts a Manager all the same: a process that costs
+    seconds to start, since it imports the main program again, and that outlives a rank that is killed.
+    """
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()

@@ -28,7 +28,7 @@ class SolveTrace:
     @property
     def accepted_residuals(self) -> Tensor:
         """Residual of the accepted evaluation, shaped as ``iterations``."""
-        index = (self.iterations - 1).clamp(min=0).unsqueeze(-1).long()
+        index = (self.iterations - 1).clamp(0, self.residuals.shape[-1] - 1).unsqueeze(-1).long()
         return self.residuals.gather(-1, index).squeeze(-1)
 
     def token_quantiles(self) -> dict[str, float]:

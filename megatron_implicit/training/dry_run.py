@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -52,7 +53,7 @@ def print_plan(config: Config) -> None:
     if config.model.vocab_size is None:
         open_run_tokenizer(config)
     model = _build_on_meta(config)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     counts = count_parameters(model)
     console.print(_parameter_table(config, counts))
     with _buffers_on_meta():
