@@ -52,3 +52,10 @@ def test_training_traces_match_the_reference(pool, family: str, layout: traces.L
 def test_recomputation_under_sequence_parallelism_matches_the_reference(pool) -> None:
     layout = dataclasses.replace(traces.Layout(tensor=2, sequence=True), recompute="layer")
     check_golden_training(pool(2).run(traces.run_golden_training, "implicit_mamba2", layout)[0], "implicit_mamba2")
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["tensor", "sequence"])
+def test_four_tensor_ranks_match_the_reference(pool, sequence: bool) -> None:
+    for family in goldens.IMPLICIT:
+        for result in pool(4).run(goldens.run_training_case, family, "train", tensor_size=4, sequence=sequence):
+            check_training_case(result, family, "train")
