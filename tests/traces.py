@@ -68,7 +68,7 @@ def golden_training_config(family: str) -> Config:
     ]
     values["data"]["sequence_length"] = meta["sequence"]
     values["train"] |= {
-        "steps": steps, "global_batch_size": meta["global_batch"], "micro_batch_size": meta["micro_batch"],
+        "steps": steps, "tokens": None, "global_batch_size": meta["global_batch"], "micro_batch_size": meta["micro_batch"],
     }  # fmt: skip
     values["optimizer"] |= {"learning_rate": meta["learning_rate"], "clip_grad_norm": meta["clip_grad_norm"]}
     values["schedule"] |= {

@@ -35,7 +35,7 @@ class SolveTrace:
         """Median, 90%, 99% and largest residual of single tokens at the last evaluation."""
         if self.token_residuals is None:
             return {}
-        values = torch.quantile(self.token_residuals.flatten().float(), torch.tensor(QUANTILES))
+        values = torch.quantile(self.token_residuals.flatten().float().cpu(), torch.tensor(QUANTILES))
         return {f"p{round(100 * q)}": float(value) for q, value in zip(QUANTILES, values)}
 
     @staticmethod

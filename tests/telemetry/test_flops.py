@@ -20,6 +20,7 @@ BATCH, TOKENS, EVALUATIONS, PHANTOM = 2, 64, 3, 2
 def _config(family: str):
     values = config_to_dict(goldens.golden_config(family))
     values["data"]["sequence_length"] = TOKENS
+    values["train"]["tokens"] = None
     values["solver"] |= {"max_iterations": EVALUATIONS, "phantom_steps": PHANTOM, "tolerance": 0.0}
     if family.endswith("mamba2"):
         values["model"]["scan_chunk_size"] = 32
