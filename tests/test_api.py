@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests import goldens
-
 from megatron_implicit import load_pretrained
 from megatron_implicit.errors import CheckpointError, ConfigError
+from tests import goldens
 
 
 def write_reference(folder: Path, family: str, *, pickled: bool = False) -> Path:

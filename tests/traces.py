@@ -10,8 +10,6 @@ from typing import Any, Iterator
 import torch
 import torch.distributed as dist
 
-from tests import goldens
-
 from megatron_implicit.comm.groups import start_model_parallel
 from megatron_implicit.config import Config, config_from_dict, config_to_dict
 from megatron_implicit.conversion.reference import gather_reference, load_reference_weights
@@ -20,6 +18,7 @@ from megatron_implicit.solver import SolveSettings
 from megatron_implicit.training.curriculum import Curriculum
 from megatron_implicit.training.optimizer import TrainingParts, prepare_training
 from megatron_implicit.training.step import StepRunner
+from tests import goldens
 
 from megatron.core import parallel_state  # isort: skip
 
@@ -68,7 +67,8 @@ def golden_training_config(family: str) -> Config:
     ]
     values["data"]["sequence_length"] = meta["sequence"]
     values["train"] |= {
-        "steps": steps, "tokens": None, "global_batch_size": meta["global_batch"], "micro_batch_size": meta["micro_batch"],
+        "steps": steps, "tokens": None, "global_batch_size": meta["global_batch"],
+        "micro_batch_size": meta["micro_batch"],
     }  # fmt: skip
     values["optimizer"] |= {"learning_rate": meta["learning_rate"], "clip_grad_norm": meta["clip_grad_norm"]}
     values["schedule"] |= {

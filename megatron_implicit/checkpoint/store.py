@@ -81,7 +81,9 @@ def save_checkpoint(
     return folder.step_folder(state.step)
 
 
-def load_training_state(step_folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, *, same_layout: bool) -> None:
+def load_training_state(
+    step_folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, *, same_layout: bool
+) -> None:
     """Fills model, optimizer, scheduler and, on the same layout, every rank's random generators.
 
     Raises:
@@ -119,7 +121,9 @@ def _load(shards: dict[str, Any], step_folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # Megatron-Core and torch raise many kinds for a checkpoint that does not fit
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{step_folder} does not fit this model ({reason}): check model.* against its config.yaml") from error
+        raise CheckpointError(
+            f"{step_folder} does not fit this model ({reason}): check model.* against its config.yaml"
+        ) from error
 
 
 def _metadata() -> dict[str, Any]:

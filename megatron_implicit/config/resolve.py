@@ -62,8 +62,8 @@ def _resolve_steps(config: Config) -> None:
         train.steps = steps_of_tokens
     elif steps_of_tokens not in (None, train.steps):
         raise ConfigError(
-            f"train.steps={train.steps} and train.tokens={train.tokens:g} ({steps_of_tokens} steps) disagree: set one of "
-            "them and the other to null"
+            f"train.steps={train.steps} and train.tokens={train.tokens:g} ({steps_of_tokens} steps) disagree: "
+            "set one of them and the other to null"
         )
     train.tokens = float(train.steps * tokens_per_step)
 

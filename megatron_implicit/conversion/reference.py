@@ -171,7 +171,10 @@ def gather_reference(
     for slot in reference_slots(model):
         whole = _gather(value(slot.parameter), slot.placement, model.decoder.tp_group)
         pieces.setdefault(slot.key, []).append((slot.rows.start if slot.rows else 0, whole))
-    return {key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])])) for key, parts in pieces.items()}
+    return {
+        key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]))
+        for key, parts in pieces.items()
+    }
 
 
 def _gather(local: Tensor, placement: Optional[Placement], group: Any) -> Tensor:
@@ -303,5 +306,3 @@ def read_reference_tensors(folder: Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{file} cannot be read ({reason}): it is damaged or unsafe; copy it again") from None
     raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: check the path")
-
-

@@ -34,8 +34,8 @@ class SectionedLinear(ColumnParallelLinear):
     """
 
     def __init__(
-        self, input_size: int, output_size: Optional[int], *, config: StackConfig, projection: ProjectionName | Projection,
-        injected: bool = False, bias: bool = False, tp_group: Optional[dist.ProcessGroup] = None, **unused: Any,
+        self, input_size: int, output_size: Optional[int], *, config: StackConfig,
+        projection: ProjectionName | Projection, injected: bool = False, bias: bool = False, tp_group: Optional[dist.ProcessGroup] = None, **unused: Any,
     ) -> None:  # fmt: skip
         layout = _named(projection, config)
         super().__init__(

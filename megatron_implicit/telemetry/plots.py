@@ -203,9 +203,7 @@ def _draw_raw(axes: "Axes", curves: RunCurves, field: str, *, color: str, label:
         label = None
 
 
-def _draw_smoothed(
-    axes: "Axes", curves: RunCurves, field: str, *, color: str, label: str, linestyle: str = "-"
-) -> str:
+def _draw_smoothed(axes: "Axes", curves: RunCurves, field: str, *, color: str, label: str, linestyle: str = "-") -> str:
     """A thick line of running means within each phase; returns words for the title on how many steps they cover."""
     window = max(1, len(curves.records) // 40)
     if window > 1 and linestyle == "-":

@@ -73,7 +73,7 @@ def open_run_tokenizer(config: Config) -> Tokenizer:
         config.model.vocab_size = tokenizer.vocab_size
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} entries: "
-            "raise it or drop it"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
+            "entries: raise it or drop it"
         )
     return tokenizer

@@ -100,7 +100,9 @@ def test_the_world_must_hold_whole_replicas_and_whole_batches() -> None:
     validate_world(config, 2)
     with pytest.raises(ConfigError, match="needs a multiple of 2 processes, but the job has 3"):
         validate_world(config, 3)
-    with pytest.raises(ConfigError, match="train.global_batch_size=8 is not a multiple of train.micro_batch_size=8 x 2"):
+    with pytest.raises(
+        ConfigError, match="train.global_batch_size=8 is not a multiple of train.micro_batch_size=8 x 2"
+    ):
         validate_world(config, 4)
 
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 WITH_A_GPU = """
 import torch
 torch.cuda.is_available = lambda: True
-before = {name: getattr(torch.cuda, name) for name in ("current_device", "set_device", "Stream", "Event", "manual_seed")}
+before = {name: getattr(torch.cuda, name) for name in ("current_device", "set_device", "Stream", "Event")}
 factories, methods = (torch.empty, torch.zeros), (torch.Tensor.cuda, torch.Tensor.type)
 from megatron_implicit.device import prepare_megatron
 try:

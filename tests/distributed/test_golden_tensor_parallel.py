@@ -14,9 +14,7 @@ from tests.traces import check_golden_training
 def training_cases(family: str, sequence: bool) -> dict[str, goldens.CaseResult]:
     """All training cases of a family on this rank."""
     cases = [case for name, case in TRAINING_CASES if name == family]
-    return {
-        case: goldens.run_training_case(family, case, tensor_size=2, sequence=sequence) for case in cases
-    }
+    return {case: goldens.run_training_case(family, case, tensor_size=2, sequence=sequence) for case in cases}
 
 
 @pytest.mark.parametrize("family", goldens.FAMILIES)
@@ -41,7 +39,9 @@ def test_inference_cases_match_the_reference(pool, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", goldens.IMPLICIT)
-@pytest.mark.parametrize("layout", [traces.Layout(tensor=2), traces.Layout(tensor=2, sequence=True)], ids=["tensor", "sequence"])
+@pytest.mark.parametrize(
+    "layout", [traces.Layout(tensor=2), traces.Layout(tensor=2, sequence=True)], ids=["tensor", "sequence"]
+)
 def test_training_traces_match_the_reference(pool, family: str, layout: traces.Layout) -> None:
     first, second = pool(2).run(traces.run_golden_training, family, layout)
     check_golden_training(first, family)

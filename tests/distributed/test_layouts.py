@@ -1,4 +1,4 @@
-"""Training and checkpoints do not depend on the layout: losses, gradients, updates, counts; sizes that do not divide."""
+"""Training and checkpoints do not depend on the layout: losses, gradients, updates, counts; uneven sizes included."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import goldens, traces
-
 from megatron_implicit.checkpoint import CheckpointFolder, TrainingState, load_training_state, save_checkpoint
 from megatron_implicit.config import Config, config_from_dict, config_to_dict
+from tests import goldens, traces
 
 ONE = traces.Layout()
 TENSOR = traces.Layout(tensor=2)

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import goldens, traces
-from tests.test_api import write_reference
-
 from megatron_implicit import load_pretrained
 from megatron_implicit.config import config_from_dict, config_to_dict
+from megatron_implicit.solver import SolveSettings
 from megatron_implicit.training.curriculum import Curriculum
 from megatron_implicit.training.optimizer import prepare_training
 from megatron_implicit.training.step import StepRunner
-from megatron_implicit.solver import SolveSettings
+from tests import goldens, traces
+from tests.test_api import write_reference
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

@@ -55,7 +55,9 @@ class Runs:
 
     def start(self, name: str, *arguments: str, processes: int = 1, config: bool = True) -> Job:
         """Runs launch/pretrain.py in the run's folder ``name`` and waits for its end."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        )
         command = [sys.executable, "-W", "ignore", *launcher, str(REPOSITORY / "launch" / "pretrain.py")]
         command += ["--config", str(self.config)] if config else []
         command += ["--run.dir", str(self.folder / name), *arguments]
@@ -91,7 +93,9 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A dataset of a few thousand tokens and one finished run, 'whole', on one process."""
     folder = tmp_path_factory.mktemp("runs")
-    make_dataset(folder / "data", [f"Sentence {i} tells of {i * i} things and of their order.\n" * 4 for i in range(120)])
+    make_dataset(
+        folder / "data", [f"Sentence {i} tells of {i * i} things and of their order.\n" * 4 for i in range(120)]
+    )
     runs = Runs(folder)
     job = runs.start("whole")
     assert job.code == 0, job.output

@@ -95,7 +95,14 @@ def test_other_data_under_a_resumed_run(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_any_process_group(runs: Runs) -> None:
-    _refused(runs, "train.global_batch_size=6 is not a multiple", "--train.global_batch_size", "6", "--train.micro_batch_size", "4")
+    _refused(
+        runs,
+        "train.global_batch_size=6 is not a multiple",
+        "--train.global_batch_size",
+        "6",
+        "--train.micro_batch_size",
+        "4",
+    )
 
 
 def test_a_world_that_does_not_fit(runs: Runs) -> None:

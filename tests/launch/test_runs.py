@@ -10,8 +10,8 @@ import yaml
 from tests.launch.conftest import Runs
 
 METRICS = {
-    "step", "time", "attempt", "tokens", "loss", "grad_norm", "learning_rate", "phase", "iterations_mean", "iterations_max",
-    "evaluations_mean", "evaluations_max", "residual_mean", "residual_max", "unconverged_fraction", "step_time_s",
+    "step", "time", "attempt", "tokens", "loss", "grad_norm", "learning_rate", "phase", "iterations_mean",
+    "iterations_max", "evaluations_mean", "evaluations_max", "residual_mean", "residual_max", "unconverged_fraction", "step_time_s",
     "tokens_per_s", "model_flops_per_s", "mfu", "memory_bytes",
 }  # fmt: skip
 
@@ -32,7 +32,10 @@ def test_a_run_writes_its_folder(runs: Runs) -> None:
     assert metrics[8]["loss"] < metrics[1]["loss"]
     events = [json.loads(line)["kind"] for line in (runs.folder / "whole/events.jsonl").read_text().splitlines()]
     assert events[0] == "start" and "phase" in events and events[-1] == "checkpoint"
-    assert sorted(p.name for p in (runs.folder / "whole/checkpoints").glob("step_*")) == ["step_00000006", "step_00000008"]
+    assert sorted(p.name for p in (runs.folder / "whole/checkpoints").glob("step_*")) == [
+        "step_00000006",
+        "step_00000008",
+    ]
 
 
 def test_a_stopped_run_resumes_bit_for_bit(runs: Runs) -> None:
@@ -79,7 +82,8 @@ def test_a_changed_key_that_alters_training_is_refused_by_name(runs: Runs) -> No
 def test_a_branch_takes_the_weights_and_its_own_configuration(runs: Runs) -> None:
     job = runs.start(
         "branch", "--checkpoint.load", str(runs.folder / "whole/checkpoints/step_00000006"),
-        "--optimizer.learning_rate", "1e-4", "--curriculum", "[{start: 0.0, name: unrolled, gradient: unrolled, max_iterations: 4}]",
+        "--optimizer.learning_rate", "1e-4", "--curriculum",
+        "[{start: 0.0, name: unrolled, gradient: unrolled, max_iterations: 4}]",
     )  # fmt: skip
     assert job.code == 0, job.output
     metrics = runs.metrics("branch")

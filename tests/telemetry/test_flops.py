@@ -7,12 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests import goldens
-
 from megatron_implicit.comm.groups import start_model_parallel
 from megatron_implicit.config import config_from_dict, config_to_dict
 from megatron_implicit.models import build_model
 from megatron_implicit.telemetry.flops import model_flops, peak_flops
+from tests import goldens
 
 BATCH, TOKENS, EVALUATIONS, PHANTOM = 2, 64, 3, 2
 

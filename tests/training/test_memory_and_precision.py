@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import goldens, traces
-
 from megatron_implicit.config import config_from_dict, config_to_dict
 from megatron_implicit.training.benchmark import TrainStepBenchmark
+from tests import goldens, traces
 
 
 @pytest.mark.parametrize("family", goldens.IMPLICIT)
