@@ -11,8 +11,8 @@ from tests.launch.conftest import Runs
 
 METRICS = {
     "step", "time", "attempt", "tokens", "loss", "grad_norm", "learning_rate", "phase", "iterations_mean",
-    "iterations_max", "evaluations_mean", "evaluations_max", "residual_mean", "residual_max", "unconverged_fraction", "step_time_s",
-    "tokens_per_s", "model_flops_per_s", "mfu", "memory_bytes",
+    "iterations_max", "evaluations_mean", "evaluations_max", "residual_mean", "residual_max",
+    "unconverged_fraction", "step_time_s", "tokens_per_s", "model_flops_per_s", "mfu", "memory_bytes",
 }  # fmt: skip
 
 
