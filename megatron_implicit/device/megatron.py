@@ -68,7 +68,8 @@ def _quiet_imports() -> None:
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         for module in (r"megatron\.core", r"torch\.distributed", r"torch\.jit"):
             warnings.filterwarnings("ignore", category=category, module=module)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    for name in ("megatron.core", "torch.utils.cpp_extension"):  # the latter: a CUDA toolkit without a GPU
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def mamba_stack_module() -> Any:
