@@ -31,11 +31,14 @@ class Layout:
     sequence: bool = False
     distributed_optimizer: bool = False
     recompute: str = "none"
+    precision: str = "fp32"
 
     def apply(self, config: Config) -> Config:
         """A copy of a configuration on this layout."""
         values = config_to_dict(config)
-        values["parallel"] |= dataclasses.asdict(self)
+        parallel = dataclasses.asdict(self)
+        values["train"]["precision"] = parallel.pop("precision")
+        values["parallel"] |= parallel
         return config_from_dict(values)
 
 

@@ -237,7 +237,10 @@ def _validate_training(config: Config) -> None:
         _positive("train", train, "stop_after_steps")
     _positive("checkpoint", config.checkpoint, "keep_last")
     _positive("telemetry", config.telemetry, "console_every")
-    _fraction("schedule.warmup_fraction", schedule.warmup_fraction)
+    _require(
+        0 <= schedule.warmup_fraction < 1,
+        f"schedule.warmup_fraction={schedule.warmup_fraction} must lie in [0, 1): some step must reach the peak",
+    )
     _fraction("schedule.decay_fraction", schedule.decay_fraction)
     _require(
         schedule.warmup_fraction + schedule.decay_fraction <= 1.0,

@@ -34,7 +34,7 @@ class SolveTrace:
         return self.residuals.gather(-1, index).squeeze(-1)
 
     def token_quantiles(self) -> dict[str, float]:
-        """Median, 90%, 99% and largest residual of single tokens at the last evaluation."""
+        """Median, 90%, 99% and largest residual of the tokens this rank holds, at the last evaluation."""
         if self.token_residuals is None:
             return {}
         values = torch.quantile(self.token_residuals.flatten().float().cpu(), torch.tensor(QUANTILES))

@@ -100,9 +100,7 @@ class StepRunner:
             for microbatch, trace in enumerate(traces):
                 if trace.broken_at is not None and bool(trace.broken_at.any()):
                     raise NonFiniteIterateError.of(trace.broken_at).at(step, microbatch)
-            raise DivergedError(
-                f"step {step}: the iterate of another replica is not finite; its own message says where"
-            )
+            raise DivergedError(f"step {step}: the iterate of another replica is not finite: see its message")
         loss = total / parallel_state.get_data_parallel_world_size()
         if not math.isfinite(loss):
             raise DivergedError(
