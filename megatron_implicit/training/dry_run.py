@@ -97,15 +97,7 @@ def _phase_table(config: Config, kept: KeptBytes, counts: dict[str, ComponentCou
     for name, solver, share in _phases(config):
         memory = memory_plan(config, counts, kept, solver)
         cost = flops.of_phase(solver, config.implicit)
-        sizes = (
-            memory.parameters,
-            memory.gradients,
-            memory.optimizer,
-            memory.weights,
-            memory.activations,
-            memory.total,
-        )
-        row = [f"{size / GIB:.2f}" for size in sizes]
+        row = [f"{size / GIB:.2f}" for size in (*vars(memory).values(), memory.total)]
         table.add_row(name, *row, f"{cost:.3g}", f"{cost * share * config.train.tokens:.3g}")
     return table
 
@@ -163,13 +155,17 @@ class KeptBytes:
 class _Kept:
     """Counts tensors by identity of their storage's owner; on the meta device there are no addresses."""
 
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+    def __init__(self, known: Iterable[torch.Tensor], sequence_length: int) -> None:
+        self._scores = (sequence_length, sequence_length)
         self._seen: dict[int, torch.Tensor] = {id(self._base(tensor)): tensor for tensor in known}
         self.bytes = 0
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Counts a tensor that was not seen before; returns it, as a hook must."""
         base = self._base(tensor)
+        # On the meta device attention is unfused and keeps its scores; flash attention does not.
+        if tensor.ndim > 2 and tuple(tensor.shape[-2:]) == self._scores:
+            return tensor
         if id(base) not in self._seen:
             self._seen[id(base)] = base
             self.bytes += base.numel() * base.element_size()
@@ -187,7 +183,7 @@ def _kept_bytes(config: Config, model: torch.nn.Module) -> KeptBytes:
     rotary = None
     if config.architecture == "llama":
         rotary = torch.zeros(config.data.sequence_length, 1, 1, model.config.kv_channels, device="meta")
-    kept = _Kept(model.parameters())
+    kept = _Kept(model.parameters(), config.data.sequence_length)
     with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
         bound_pass = model.decoder.begin(z)
         for weight in bound_pass.weights.values():
@@ -219,6 +215,7 @@ def _assumptions(config: Config) -> str:
         f"layout: tensor {parallel.tensor}{', sequence parallel' if parallel.sequence else ''}, "
         f"recompute {parallel.recompute}, "
         f"{train.precision}, microbatch {train.micro_batch_size} x {config.data.sequence_length} tokens\n"
-        f"activations are traced with the torch versions of the kernels: fused ones keep less\n"
+        f"activations are traced with the torch version of the scan, and "
+        "without attention scores, which flash attention does not keep\n"
         f"FLOPs if every solve runs to its maximum; gradients fp32, AdamW moments and main parameters fp32{sharded}"
     )
