@@ -38,6 +38,8 @@ def main() -> None:
         _report(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         code = INTERRUPTED
+        if not int(os.environ.get("RANK", 0)):
+            _report("interrupted: the same command goes on from the last checkpoint")
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
