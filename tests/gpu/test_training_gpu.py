@@ -23,7 +23,7 @@ DEVICE = "cuda"
 
 @pytest.mark.parametrize("family", goldens.FAMILIES)
 def test_goldens_in_fp32(tmp_path: Path, family: str, one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looser than on a CPU: sums run in another order. Compiled kernels, which may use TF32, have tests of their own."""
+    """Looser than on a CPU: sums run in another order. Compiled kernels may use TF32 and have tests of their own."""
     monkeypatch.setenv(FORCE_VARIABLE, "torch")
     lm = load_pretrained(write_reference(tmp_path, family), device=DEVICE)
     ids = torch.from_numpy(goldens.arrays(family)["input_ids"]).to(DEVICE)
