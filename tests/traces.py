@@ -162,6 +162,6 @@ def check_golden_training(trace: Trace, family: str) -> None:
         assert trace.evaluations[index] == row["evaluations"], index
     for key, expected in goldens.arrays(f"{family}_training").items():
         if key.startswith("final/"):
-            # Adam divides rounding by rounding where a gradient is nearly zero: the injection's bias of k moves by 1e-4.
+            # Adam divides rounding by rounding where a gradient is nearly zero: the bias of k moves by 1e-4.
             difference = trace.parameters[key[6:]] - torch.from_numpy(expected)
             assert float(difference.norm() / torch.from_numpy(expected).norm()) <= 1e-3, key

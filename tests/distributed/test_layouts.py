@@ -151,7 +151,7 @@ def whole_run(family: str) -> traces.Trace:
 
 
 RESHARDING_RUNS = [
-    # Each resharding once by default, families in turn: the Llama has the uneven FFN, the Mamba2 the replicated B and C.
+    # Each once by default, families in turn: the Llama has the uneven FFN, the Mamba2 the replicated B and C.
     pytest.param(family, *case[1:], id=f"{family}-{case[0]}", marks=[] if (index + turn) % 2 == 0 else LONG)
     for index, case in enumerate(RESHARDINGS)
     for turn, family in enumerate(goldens.IMPLICIT)
