@@ -147,10 +147,17 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _build_index(arguments: list[str]) -> int:
-    from megatron_implicit.training.data import build_indices
+    """Opens the data as a training run does; what it would compute is then on disk."""
+    from megatron_implicit.config import load_config
+    from megatron_implicit.training.data import TrainingData, open_run_tokenizer
 
-    for line in build_indices(arguments):
-        print(line)
+    start = time.monotonic()
+    config = load_config(arguments, prog="tools/preprocess_data.py build-index")
+    data = TrainingData(config, open_run_tokenizer(config), replica=0, replicas=1)
+    print(
+        f"{config.data.path}: sample indices of a run of {config.train.steps:,} steps are there"
+        f" ({data.training_samples:,} training samples, {time.monotonic() - start:.1f} s)"
+    )
     return 0
 
 
