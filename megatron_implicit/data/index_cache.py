@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_implicit.data.publishing import sync
 from megatron_implicit.errors import DataError
 
 Arrays = dict[str, np.ndarray]
@@ -71,6 +72,7 @@ class IndexCache:
                 content = json.dumps({"arrays": list(arrays), "description": json.loads(text)}, indent=1)
                 (Path(folder) / f"{base}.json").write_text(content, encoding="utf-8")
                 for file in (*(f"{base}.{name}.npy" for name in arrays), f"{base}.json"):
+                    sync(Path(folder) / file)
                     os.replace(Path(folder) / file, self.folder / file)
         except OSError as error:
             raise DataError(
