@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_implicit.data.manifest import Manifest, PathLike, dataset_files
 from megatron_implicit.data.merging import merge_datasets
 from megatron_implicit.data.progress import PreparationProgress
+from megatron_implicit.data.publishing import remove_leftovers
 from megatron_implicit.data.shards import (
     RESERVED_NAMES,
     Counts,
@@ -66,6 +67,7 @@ def prepare_shards(
     written = _make(shards, recipe, workers, overwrite)
     if written is None:
         return None
+    remove_leftovers(folder)
     manifests = finished(shards)
     write_summary(folder, shards, manifests)
     return Preparation(manifests, written)

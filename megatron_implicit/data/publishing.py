@@ -21,7 +21,7 @@ class PartialDataset:
     def __init__(self, prefix: PathLike) -> None:
         self._final = dataset_files(prefix)
         self._final[0].parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(prefix)
+        remove_leftovers(self._final[0].parent, self._final[0].stem)
         mark = f".{socket.gethostname()}-{os.getpid()}.partial"
         self.bin, self.idx, self._manifest = (path.with_name(path.name + mark) for path in self._final)
 
@@ -70,15 +70,24 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_leftovers(prefix: PathLike) -> None:
-    """Removes temporary files of this dataset, except those of a process that lives on this host."""
-    bin_path = dataset_files(prefix)[0]
-    pattern = re.compile(re.escape(bin_path.stem) + r"\.(?:bin|idx|json)\.(.+)-(\d+)\.partial")
-    for path in bin_path.parent.iterdir():
+def remove_leftovers(folder: Path, stem: str | None = None) -> None:
+    """Removes temporary files of dead processes: of one dataset, or of all in ``folder``.
+
+    Processes of other hosts count as dead: two jobs must not prepare the same datasets at the same time.
+    """
+    name = r".+" if stem is None else re.escape(stem)
+    pattern = re.compile(name + r"\.(?:bin|idx|json)\.(.+)-(\d+)\.partial")
+    for path in folder.iterdir() if folder.is_dir() else ():
         match = pattern.fullmatch(path.name)
         if match and not _lives(*match.groups()):
             path.unlink(missing_ok=True)
 
 
 def _lives(host: str, process: str) -> bool:
-    return host == socket.gethostname() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()
+    if host != socket.gethostname() or int(process) == os.getpid():
+        return False
+    try:
+        status = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return status.rsplit(") ", 1)[1][0] != "Z"
