@@ -1,4 +1,4 @@
-"""Pretrains a model: ``torchrun --nproc-per-node N launch/pretrain.py --config launch/configs/NAME.yaml [--key value]``.
+"""Pretrains a model: ``torchrun --nproc-per-node N launch/pretrain.py --config launch/configs/NAME.yaml [--KEY VALUE]``
 
 ``--dry-run`` builds the model without allocating it and prints parameters, memory a rank and FLOPs a token.
 The same ``run.dir`` resumes; a new one with ``checkpoint.load`` branches.

@@ -261,10 +261,13 @@ def _end(process: "subprocess.Popen[bytes]", patience: float = 20.0) -> None:
 
 
 def explain_failure(log: Path) -> None:
-    """Repeats the job's own errors from its log; without one, the log's end."""
+    """Repeats the job's own errors from its log; without one, the end of what stands before the launcher's report."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = list(dict.fromkeys(line for line in lines if line.startswith("error: ")))
-    for line in errors or [*lines[-15:], f"error: the training failed; all of its messages are in {shown(log)}"]:
+    if not errors:
+        report = next((i for i, line in enumerate(lines) if "torch/distributed/elastic" in line), len(lines))
+        errors = [*lines[max(0, report - 15) : report], f"error: the training failed; its whole log is {shown(log)}"]
+    for line in errors:
         print(line, file=sys.stderr)
 
 

@@ -72,11 +72,15 @@ class PretrainedModel(nn.Module):
     def _check_input(self, input_ids: Tensor) -> None:
         vocabulary = self.config.model.vocab_size
         if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
-            raise ConfigError(f"input_ids must be integers of shape [b, s], not {input_ids.dtype} {tuple(input_ids.shape)}")
+            raise ConfigError(
+                f"input_ids must be integers of shape [b, s], not {input_ids.dtype} {tuple(input_ids.shape)}"
+            )
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
-            raise ConfigError(f"input_ids hold {wrong}, outside the vocabulary of {vocabulary}: use the model's tokenizer")
+            raise ConfigError(
+                f"input_ids hold {wrong}, outside the vocabulary of {vocabulary}: use the model's tokenizer"
+            )
 
     def _chunk(self, mode: Mode, chunk_size: Optional[int], tokens: int) -> Optional[int]:
         """Tokens of a chunk; None for a simultaneous solve."""
@@ -87,7 +91,9 @@ class PretrainedModel(nn.Module):
         if self.training:
             raise ConfigError(f"mode={mode!r} is an inference solve: call eval() first")
         if self.config.parallel.sequence:
-            raise ConfigError(f"mode={mode!r} passes states on and cannot shard the sequence: set parallel.sequence=false")
+            raise ConfigError(
+                f"mode={mode!r} passes states on and cannot shard the sequence: set parallel.sequence=false"
+            )
         if mode == "sequential":
             return 1
         if not chunk_size or chunk_size < 1:
@@ -142,7 +148,9 @@ def load_pretrained(
 
 def _for_this_job(config: Config, precision: str, world_size: int) -> Config:
     """The configuration on the layout of this job: all its processes share the tensors."""
-    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel), train=dataclasses.replace(config.train))
+    config = dataclasses.replace(
+        config, parallel=dataclasses.replace(config.parallel), train=dataclasses.replace(config.train)
+    )
     config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence = world_size, 1, False
     config.train.precision = precision
     from megatron_implicit.config.validate import validate

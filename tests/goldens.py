@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_implicit.comm.groups import start_model_parallel
-from megatron_implicit.config import Config, SolverConfig
+from megatron_implicit.config import Config
 from megatron_implicit.device import prepare_megatron
 
 prepare_megatron()

@@ -71,7 +71,9 @@ def test_every_module_and_public_name_has_a_docstring() -> None:
     missing = []
     for path in MODULES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        public = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
+        public = [
+            node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
+        ]
         missing += [path] if not ast.get_docstring(tree) else []
         missing += [f"{path}: {node.name}" for node in public if not ast.get_docstring(node)]
     assert not missing

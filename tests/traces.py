@@ -10,8 +10,6 @@ from typing import Any, Iterator
 import torch
 import torch.distributed as dist
 
-from tests import goldens
-
 from megatron_implicit.comm.groups import start_model_parallel
 from megatron_implicit.config import Config, config_from_dict, config_to_dict
 from megatron_implicit.conversion.reference import gather_reference, load_reference_weights
@@ -20,6 +18,7 @@ from megatron_implicit.solver import SolveSettings
 from megatron_implicit.training.curriculum import Curriculum
 from megatron_implicit.training.optimizer import TrainingParts, prepare_training
 from megatron_implicit.training.step import StepRunner
+from tests import goldens
 
 from megatron.core import parallel_state  # isort: skip
 
@@ -68,7 +67,8 @@ def golden_training_config(family: str) -> Config:
     ]
     values["data"]["sequence_length"] = meta["sequence"]
     values["train"] |= {
-        "steps": steps, "global_batch_size": meta["global_batch"], "micro_batch_size": meta["micro_batch"],
+        "steps": steps, "tokens": None, "global_batch_size": meta["global_batch"],
+        "micro_batch_size": meta["micro_batch"],
     }  # fmt: skip
     values["optimizer"] |= {"learning_rate": meta["learning_rate"], "clip_grad_norm": meta["clip_grad_norm"]}
     values["schedule"] |= {
@@ -81,11 +81,20 @@ def golden_training_config(family: str) -> Config:
 
 def prepare(config: Config, weights: dict[str, torch.Tensor] | None) -> TrainingParts:
     """Model, optimizer and schedule on the configuration's layout; ``weights`` under reference keys, or initialised."""
+    return prepare_training(config, _build(config, weights))
+
+
+def build_golden(config: Config, family: str) -> torch.nn.Module:
+    """A golden model on the configuration's layout."""
+    return _build(config, goldens.state_dict(family))
+
+
+def _build(config: Config, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
     start_model_parallel(config.parallel, config.train.seed)
     model = build_model(config, initialise=weights is None)
     if weights is not None:
         load_reference_weights(model, weights, "test")
-    return prepare_training(config, model)
+    return model
 
 
 def train(config: Config, parts: TrainingParts, tokens: torch.Tensor, first_step: int = 1) -> Trace:
@@ -96,7 +105,7 @@ def train(config: Config, parts: TrainingParts, tokens: torch.Tensor, first_step
     for step, batch in enumerate(tokens, start=first_step):
         if config.implicit:
             model.decoder.solver = SolveSettings.training(curriculum.phase((step - 1) * per_step).solver)
-        result = runner.run(step, _microbatches(config, batch), torch.device("cpu"))
+        result = runner.run(step, microbatches(config, batch), torch.device("cpu"))
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
         trace.learning_rates.append(result.learning_rate)
@@ -109,7 +118,8 @@ def train(config: Config, parts: TrainingParts, tokens: torch.Tensor, first_step
     return trace
 
 
-def _microbatches(config: Config, batch: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+def microbatches(config: Config, batch: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+    """This replica's microbatches of a global batch [samples, sequence + 1]."""
     size = config.train.micro_batch_size
     rank, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     for start in range(rank * size, len(batch), size * replicas):
@@ -131,6 +141,11 @@ def run_golden_training(family: str, layout: Layout) -> Trace:
     config = layout.apply(golden_training_config(family))
     parts = prepare(config, goldens.state_dict(family))
     return train(config, parts, torch.from_numpy(goldens.arrays(f"{family}_training")["tokens"]))
+
+
+def golden_losses(family: str) -> list[float]:
+    """The losses of the golden steps."""
+    return [row["loss"] for row in json.loads(str(goldens.arrays(f"{family}_training")["rows_json"]))]
 
 
 def check_golden_training(trace: Trace, family: str) -> None:

@@ -56,7 +56,10 @@ def _print_table(values: dict) -> None:
 
     table = Table(show_header=False)
     for name, value in values.items():
-        table.add_row(name.replace("_", " "), f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value)
+        table.add_row(
+            name.replace("_", " "),
+            f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
+        )
     Console(highlight=False).print(table)
 
 

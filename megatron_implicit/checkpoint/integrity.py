@@ -46,16 +46,23 @@ def verify_manifest(folder: Path) -> None:
     try:
         entries: dict[str, FileEntry] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
     except (OSError, json.JSONDecodeError, KeyError):
-        raise CheckpointError(f"{folder} has no readable {MANIFEST_FILE}: it is not a whole checkpoint; take another") from None
+        raise CheckpointError(
+            f"{folder} has no readable {MANIFEST_FILE}: it is not a whole checkpoint; take another"
+        ) from None
     grouped = dist.is_initialized() and dist.get_world_size() > 1
     rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    problem = next((text for name in sorted(entries)[rank::world] if (text := _problem(folder / name, entries[name]))), None)
+    problem = next(
+        (text for name in sorted(entries)[rank::world] if (text := _problem(folder / name, entries[name]))), None
+    )
     if grouped:
         problems: list[str | None] = [None] * world
         dist.all_gather_object(problems, problem)
         problem = next((text for text in problems if text), None)
     if problem:
-        raise CheckpointError(f"{problem}: the checkpoint is damaged; write the name of an earlier step_... folder to {folder.parent / 'latest'}")
+        raise CheckpointError(
+            f"{problem}: the checkpoint is damaged; write the name of an earlier step_... folder to "
+            f"{folder.parent / 'latest'}"
+        )
 
 
 def _problem(path: Path, expected: FileEntry) -> str | None:

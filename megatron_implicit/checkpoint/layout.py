@@ -53,7 +53,9 @@ class CheckpointFolder:
             return None
         folder = self.path / pointer.read_text(encoding="utf-8").strip()
         if not folder.is_dir():
-            raise CheckpointError(f"{pointer} names {folder.name}, which is not there: write the name of a folder that is")
+            raise CheckpointError(
+                f"{pointer} names {folder.name}, which is not there: write the name of a folder that is"
+            )
         return folder
 
     def publish(self, step: int) -> Path:
@@ -103,7 +105,9 @@ def read_checkpoint_config(step_folder: Path) -> Config:
         return config_from_dict(yaml.safe_load((step_folder / CONFIG_FILE).read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, ConfigError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{step_folder / CONFIG_FILE} cannot be read ({reason}): take another checkpoint") from None
+        raise CheckpointError(
+            f"{step_folder / CONFIG_FILE} cannot be read ({reason}): take another checkpoint"
+        ) from None
 
 
 def read_state(step_folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from megatron_implicit.checkpoint.integrity import verify_manifest, write_manifest
 from megatron_implicit.checkpoint.layout import CONFIG_FILE, STATE_FILE, CheckpointFolder, write_durably
 from megatron_implicit.config import Config, save_config
+from megatron_implicit.device.megatron import collect_checkpoint_writes_in_process
 from megatron_implicit.errors import CheckpointError
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip
@@ -65,6 +66,7 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
+    collect_checkpoint_writes_in_process()
     shards = _training_shards(model, optimizer, loading=False)
     shards["scheduler"] = scheduler.state_dict()
     dist_checkpointing.save(shards, str(partial), validate_access_integrity=True)
@@ -79,7 +81,9 @@ def save_checkpoint(
     return folder.step_folder(state.step)
 
 
-def load_training_state(step_folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, *, same_layout: bool) -> None:
+def load_training_state(
+    step_folder: Path, model: nn.Module, optimizer: Any, scheduler: Any, *, same_layout: bool
+) -> None:
     """Fills model, optimizer, scheduler and, on the same layout, every rank's random generators.
 
     Raises:
@@ -117,7 +121,9 @@ def _load(shards: dict[str, Any], step_folder: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # Megatron-Core and torch raise many kinds for a checkpoint that does not fit
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{step_folder} does not fit this model ({reason}): check model.* against its config.yaml") from error
+        raise CheckpointError(
+            f"{step_folder} does not fit this model ({reason}): check model.* against its config.yaml"
+        ) from error
 
 
 def _metadata() -> dict[str, Any]:

@@ -60,7 +60,7 @@ def partition(logical: int, ranks: int, rank: int, *, align: bool = False) -> Pa
         ranks: size of the tensor group.
         rank: this rank's place in it.
         align: allow uneven slices and round the computed size up for matrix units (to 64 from 1024 elements on,
-            else to 8); without it the dimension must divide.
+            else to 8, unless that leaves a rank without elements); without it the dimension must divide.
 
     Raises:
         ConfigError: it does not divide, or a rank would own nothing.
@@ -70,8 +70,8 @@ def partition(logical: int, ranks: int, rank: int, *, align: bool = False) -> Pa
             raise ConfigError(f"a dimension of {logical} does not divide over parallel.tensor={ranks}: lower it")
         return Partition(logical, ranks, rank, logical // ranks)
     share = math.ceil(logical / ranks)
-    unit = 64 if share >= 1024 else 8
-    computed = math.ceil(share / unit) * unit
-    if (ranks - 1) * computed >= logical:
-        raise ConfigError(f"a dimension of {logical} is too small for parallel.tensor={ranks}: lower parallel.tensor")
-    return Partition(logical, ranks, rank, computed)
+    for unit in (64, 8, 1) if share >= 1024 else (8, 1):
+        computed = math.ceil(share / unit) * unit
+        if (ranks - 1) * computed < logical:
+            return Partition(logical, ranks, rank, computed)
+    raise ConfigError(f"a dimension of {logical} is too small for parallel.tensor={ranks}: lower parallel.tensor")

@@ -152,7 +152,9 @@ def _suggestion(key: str) -> str:
     """': did you mean ...?' for the known key that looks most alike, by its whole path or its last part."""
     names = {known: known for known in _known_keys()}
     names |= {known.rsplit(".", 1)[-1]: known for known in _known_keys()}
-    names |= {field.name: f"curriculum[].{field.name}" for field in dataclasses.fields(PhaseConfig) if field.name not in names}
+    names |= {
+        field.name: f"curriculum[].{field.name}" for field in dataclasses.fields(PhaseConfig) if field.name not in names
+    }
     near = difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
     return f": did you mean '{names[near[0]]}'?" if near else "; --help lists the keys"
 
@@ -162,5 +164,12 @@ def _expectation(text: str) -> str:
     if literal:
         return "one of " + literal.group(1).replace("'", "")
     types = re.findall(r"Expected a <class '(\w+)'>", text) or re.findall(r"<class '(\w+)'>", text)
-    words = {"int": "an integer", "float": "a number", "str": "text", "bool": "true or false", "NoneType": "null", "list": "a list"}
+    words = {
+        "int": "an integer",
+        "float": "a number",
+        "str": "text",
+        "bool": "true or false",
+        "NoneType": "null",
+        "list": "a list",
+    }
     return " or ".join(dict.fromkeys(words.get(name, name) for name in types)) or "another type"

@@ -57,8 +57,14 @@ def _resolve_steps(config: Config) -> None:
     train, tokens_per_step = config.train, config.train.global_batch_size * config.data.sequence_length
     if train.steps is None and train.tokens is None:
         raise ConfigError("train.steps and train.tokens are both unset: set one of them")
+    steps_of_tokens = None if train.tokens is None else math.ceil(train.tokens / max(tokens_per_step, 1))
     if train.steps is None:
-        train.steps = math.ceil(train.tokens / max(tokens_per_step, 1))
+        train.steps = steps_of_tokens
+    elif steps_of_tokens not in (None, train.steps):
+        raise ConfigError(
+            f"train.steps={train.steps} and train.tokens={train.tokens:g} ({steps_of_tokens} steps) disagree: "
+            "set one of them and the other to null"
+        )
     train.tokens = float(train.steps * tokens_per_step)
 
 

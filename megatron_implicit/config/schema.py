@@ -65,7 +65,7 @@ class SolverConfig:
     damping: float = 1.0
     """Solver step: z <- damping * F(z) + (1 - damping) * z. 1 is the reference's training solve."""
     fallback_damping: Optional[float] = None
-    """Damping a sample falls back to when its residual stagnates (it may sit in a limit cycle); None never falls back."""
+    """Damping a sample falls back to when its residual stagnates (a limit cycle); None never falls back."""
     phantom_steps: int = 4
     """Passes with gradient after the solve; unused by gradient=unrolled."""
     phantom_damping: float = 0.8
@@ -81,7 +81,7 @@ class InferenceConfig:
     """The solve of evaluation and generation."""
 
     max_iterations: Optional[int] = None
-    """Largest number of passes of an inference solve, its output pass included; None means 4 * solver.max_iterations."""
+    """Most passes of an inference solve, its output pass included; None means 4 * solver.max_iterations."""
     tolerance: Optional[float] = None
     """Relative residual that ends an inference solve; None means solver.tolerance."""
     damping: Optional[float] = None

@@ -127,13 +127,13 @@ def _validate_parallel(config: Config) -> None:
     _positive("parallel", parallel, "tensor", "pipeline", "context", "timeout_minutes", "microbatches_in_flight")
     _require(
         not parallel.sequence or parallel.tensor > 1,
-        f"parallel.sequence=true needs parallel.tensor > 1, but it is {parallel.tensor}: drop it or raise parallel.tensor",
+        f"parallel.sequence=true needs parallel.tensor > 1, not {parallel.tensor}: drop it or raise parallel.tensor",
     )
     if parallel.sequence:
         _divides(config, "data.sequence_length", config.data.sequence_length, parallel.tensor, "parallel.tensor")
     _require(
         parallel.context == 1,
-        f"parallel.context={parallel.context} is not supported: set it to 1 and use parallel.tensor or parallel.sequence",
+        f"parallel.context={parallel.context} is not supported: set it to 1 and use parallel.sequence",
     )
     _require(
         parallel.pipeline == 1,
@@ -229,5 +229,7 @@ def parse_fault(text: str) -> tuple[str, int, int]:
     kind, _, place = text.partition("@")
     step, _, rank = place.partition(":")
     if kind not in FAULTS or not step.isdigit() or not (rank == "" or rank.isdigit()):
-        raise ConfigError(f"debug.inject={text} must be KIND@STEP or KIND@STEP:RANK with KIND one of {', '.join(FAULTS)}")
+        raise ConfigError(
+            f"debug.inject={text} must be KIND@STEP or KIND@STEP:RANK with KIND one of {', '.join(FAULTS)}"
+        )
     return kind, int(step), int(rank or 0)

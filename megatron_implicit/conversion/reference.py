@@ -6,6 +6,7 @@ Source of names and meaning: microsoft/implicit_languagemodels at 84a0bf3.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,14 @@ class Slot:
     """Rows of the reference tensor that the whole parameter covers; None means all."""
     placement: Optional[Placement]
     """This rank's slice of the whole parameter."""
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole parameter, over all ranks."""
+        shape = list(self.parameter.shape)
+        if self.placement is not None:
+            shape[self.placement.axis] = self.placement.partition.logical
+        return tuple(shape)
 
     def pick(self, tensor: Tensor) -> Tensor:
         """This rank's part of a reference tensor, in our parameter's shape."""
@@ -125,22 +134,24 @@ def load_reference_weights(model: nn.Module, tensors: Mapping[str, Tensor], sour
     if missing or extra:
         problem = f"lacks {_some(missing)}" if missing else f"has unexpected {_some(extra)}"
         raise CheckpointError(f"{source} {problem}: it does not hold the model its config.json describes")
+    rows: dict[str, int] = {}
+    for slot in slots:
+        if slot.rows is not None:
+            rows[slot.key] = max(rows.get(slot.key, 0), slot.rows.stop)
     with torch.no_grad():
         for slot in slots:
-            _copy(slot, tensors[slot.key], source)
+            _copy(slot, tensors[slot.key], rows.get(slot.key), source)
 
 
-def _copy(slot: Slot, tensor: Tensor, source: str) -> None:
-    try:
-        part = slot.pick(tensor)
-    except (RuntimeError, IndexError):
-        part = tensor[:0]
-    if part.shape != slot.parameter.shape:
+def _copy(slot: Slot, tensor: Tensor, rows: Optional[int], source: str) -> None:
+    """``rows``: of the whole reference tensor, where our parameter is a block of them."""
+    whole = tensor if slot.rows is None else tensor[slot.rows]
+    if math.prod(whole.shape) != math.prod(slot.whole_shape) or tensor.shape[0] != (rows or slot.whole_shape[0]):
         raise CheckpointError(
             f"{source}: {slot.key} has shape {tuple(tensor.shape)}, which does not fit the config.json beside it "
-            f"(parameter {slot.name} of shape {tuple(slot.parameter.shape)})"
+            f"(parameter {slot.name} needs {tuple(slot.whole_shape)} of it)"
         )
-    slot.parameter.copy_(part)
+    slot.parameter.copy_(slot.pick(tensor))
 
 
 def _some(keys: list[str]) -> str:
@@ -160,7 +171,10 @@ def gather_reference(
     for slot in reference_slots(model):
         whole = _gather(value(slot.parameter), slot.placement, model.decoder.tp_group)
         pieces.setdefault(slot.key, []).append((slot.rows.start if slot.rows else 0, whole))
-    return {key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])])) for key, parts in pieces.items()}
+    return {
+        key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]))
+        for key, parts in pieces.items()
+    }
 
 
 def _gather(local: Tensor, placement: Optional[Placement], group: Any) -> Tensor:
@@ -292,5 +306,3 @@ def read_reference_tensors(folder: Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{file} cannot be read ({reason}): it is damaged or unsafe; copy it again") from None
     raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: check the path")
-
-

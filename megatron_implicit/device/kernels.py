@@ -97,12 +97,13 @@ def _find_norm(device_type: str, forced: str) -> tuple[str, str]:
 
 
 def _find_optimizer() -> tuple[str, str]:
-    if _import_failure("transformer_engine.pytorch.optimizers") is None:
+    transformer_engine = _import_failure("transformer_engine.pytorch.optimizers")
+    if transformer_engine is None:
         return "transformer_engine", "FusedAdam found"
     apex = _apex_failure()
     if apex is None:
-        return "apex", "FusedAdam found"
-    return "torch", f"transformer_engine not found; {apex}"
+        return "apex", f"FusedAdam found; {transformer_engine}"
+    return "torch", f"{transformer_engine}; {apex}"
 
 
 def _apex_failure() -> str | None:

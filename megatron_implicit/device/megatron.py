@@ -68,7 +68,8 @@ def _quiet_imports() -> None:
     for category in (UserWarning, FutureWarning, DeprecationWarning):
         for module in (r"megatron\.core", r"torch\.distributed", r"torch\.jit"):
             warnings.filterwarnings("ignore", category=category, module=module)
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    for name in ("megatron.core", "torch.utils.cpp_extension"):  # the latter: a CUDA toolkit without a GPU
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def mamba_stack_module() -> Any:
@@ -83,3 +84,17 @@ def accepted_arguments(function: Callable[..., Any], **arguments: Any) -> dict[s
     """Those of ``arguments`` that this version's ``function`` takes: newer keywords are dropped on older versions."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def collect_checkpoint_writes_in_process() -> None:
+    """Makes dist_checkpointing hand write results over by a plain queue instead of a Manager's.
+
+    A synchronous save puts and gets them in one process. Upstream starts a Manager all the same: a process that costs
+    seconds to start, since it imports the main program again, and that outlives a rank that is killed.
+    """
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()

@@ -13,6 +13,7 @@ from megatron_implicit.config import DataConfig
 from megatron_implicit.data.datasets import open_datasets, open_tokenizer
 from megatron_implicit.data.sampling import Batch, read_microbatch
 from megatron_implicit.errors import DataError
+from megatron_implicit.models.parameters import count_parameters
 from megatron_implicit.training.validation import HeldOutLoss, measure_loss
 
 Split = Literal["validation", "test"]
@@ -23,6 +24,8 @@ class PerplexityResult:
     """A held-out measurement and what it was measured on."""
 
     family: str
+    parameters: int
+    """Logical parameters of the whole model."""
     split: Split
     sequence_length: int
     sequences: int
@@ -32,6 +35,7 @@ class PerplexityResult:
         """For JSON."""
         return {
             "family": self.family,
+            "parameters": self.parameters,
             "split": self.split,
             "sequence_length": self.sequence_length,
             "sequences": self.sequences,
@@ -77,7 +81,8 @@ def measure_perplexity(
 
     device = next(lm.parameters()).device
     measured = measure_loss(lm.model, batches(), torch.device(device))
-    return PerplexityResult(lm.config.model.family, split, data.sequence_length, total, measured)
+    parameters = sum(count.whole for count in count_parameters(lm.model).values())
+    return PerplexityResult(lm.config.model.family, parameters, split, data.sequence_length, total, measured)
 
 
 def _open_split(data: DataConfig, split: Split, lm: PretrainedModel):

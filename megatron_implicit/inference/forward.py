@@ -96,7 +96,9 @@ def _trace_by_token(traces: list[tuple[int, SolveTrace]]) -> SolveTrace:
         return torch.cat([getattr(trace, name)[:, None].expand(-1, tokens) for tokens, trace in traces], dim=1)
 
     residuals = [
-        F.pad(trace.residuals, (0, longest - trace.residuals.shape[-1]), value=float("nan"))[:, None].expand(-1, tokens, -1)
+        F.pad(trace.residuals, (0, longest - trace.residuals.shape[-1]), value=float("nan"))[:, None].expand(
+            -1, tokens, -1
+        )
         for tokens, trace in traces
     ]
     return SolveTrace(

@@ -34,9 +34,17 @@ class SectionedLinear(ColumnParallelLinear):
     """
 
     def __init__(
-        self, input_size: int, output_size: Optional[int], *, config: StackConfig, projection: ProjectionName | Projection,
-        injected: bool = False, bias: bool = False, tp_group: Optional[dist.ProcessGroup] = None, **unused: Any,
-    ) -> None:  # fmt: skip
+        self,
+        input_size: int,
+        output_size: Optional[int],
+        *,
+        config: StackConfig,
+        projection: ProjectionName | Projection,
+        injected: bool = False,
+        bias: bool = False,
+        tp_group: Optional[dist.ProcessGroup] = None,
+        **unused: Any,
+    ) -> None:
         layout = _named(projection, config)
         super().__init__(
             input_size,

@@ -1,4 +1,4 @@
-"""The Mamba2 mixer for Megatron-Core's MambaLayer, with the injection and the paper's one group under tensor parallelism.
+"""The Mamba2 mixer for Megatron-Core's MambaLayer, with the injection and one group under tensor parallelism.
 
 A module of its own rather than a subclass of MambaMixer, which asserts that groups divide over the tensor group,
 imports Triton unconditionally, and keeps in_proj as one matrix whose B and C rows could not be replicated. Equations:

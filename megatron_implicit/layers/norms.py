@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from megatron_implicit.comm.partition import partition
 from megatron_implicit.comm.reductions import sum_over
 from megatron_implicit.layers.sharding import Placed, Placement
-from megatron_implicit.layers.weights import mark_sharded
 from megatron_implicit.layers.stack_config import StackConfig
+from megatron_implicit.layers.weights import mark_sharded
 from megatron_implicit.ops.norms import gated_rms_norm, rms_norm
 
 from megatron.core import parallel_state  # isort: skip

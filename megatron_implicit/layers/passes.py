@@ -15,7 +15,6 @@ from typing import Iterator, NamedTuple, Optional, Protocol
 from torch import Tensor, nn
 
 
-
 class EffectiveWeight(NamedTuple):
     """A rank's assembled weight [rows, ...] and bias [rows]."""
 

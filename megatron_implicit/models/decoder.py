@@ -49,9 +49,7 @@ class StackDecoder(MegatronModule):
         """Called by Megatron-Core's schedules."""
         self.map.stack.set_input_tensor(input_tensor)
 
-    def begin(
-        self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None
-    ) -> Pass:
+    def begin(self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None) -> Pass:
         """Everything that the evaluations of one microbatch share.
 
         Args:
@@ -96,9 +94,7 @@ class FixedPointDecoder(StackDecoder):
         self.injection = InjectionLinear(config, tp_group)
         self._reduce = ResidualReducer(tp_group, sharded=config.sequence_parallel)
 
-    def begin(
-        self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None
-    ) -> Pass:
+    def begin(self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None) -> Pass:
         """Effective weights, and u = W_inj · RMSNorm(e) + b once for all layers and evaluations."""
         bound_pass = super().begin(embedding, states, weights)
         with bound_pass.bound():

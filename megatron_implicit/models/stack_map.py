@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from megatron_implicit.layers.norms import RMSNorm
 from megatron_implicit.layers.passes import Pass
-from megatron_implicit.layers.sharding import Placed
 from megatron_implicit.layers.recompute import recomputed
+from megatron_implicit.layers.sharding import Placed
 from megatron_implicit.layers.stack_config import StackConfig
 
 

@@ -32,7 +32,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: Optional[float] = None)
     q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (q, k, v))
     # No mask tensor where none is needed: torch's fastest kernels take none. One query at the last position sees all.
     mask = torch.ones(s, t, dtype=torch.bool, device=q.device).tril_(t - s) if 1 < s < t else None
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=s == t, scale=scale, enable_gqa=m < n
-    )
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=s == t, scale=scale, enable_gqa=m < n)
     return y.permute(2, 0, 1, 3)

@@ -16,9 +16,7 @@ _KERNEL_TAPS = (2, 3, 4)
 _KERNEL_VECTOR = 8
 
 
-def causal_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor, *, state: Optional[Tensor] = None
-) -> tuple[Tensor, Tensor]:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """silu(conv(x)), where position i of a channel sees positions i - k + 1 to i of that channel.
 
     Args:
@@ -70,7 +68,7 @@ def _next_state(x: Tensor, state: Optional[Tensor], taps: int) -> Tensor:
 def _onednn_sums(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[b, k - 1 + s, c] -> [b, s, c] as a 2-D convolution over images of height 1 with channels last.
 
-    oneDNN has a depthwise kernel for those and none for conv1d: 3 times faster than the sums below.
+    oneDNN has a depthwise kernel for those and none for conv1d: measured 2 to 3 times faster than the sums below.
     """
     images = inputs.transpose(1, 2).unsqueeze(2)
     sums = F.conv2d(images, weight[:, None, None, :], bias, groups=weight.shape[0])

@@ -34,7 +34,7 @@ from megatron_implicit.ops.precision import compute_dtype
 
 _LOG2_E = math.log2(math.e)
 # Work inside a chunk grows with its length, the states between chunks with their number. Measured on one CPU core for
-# p and n of 32 to 128: 32 is best or within a tenth of it, 64 up to 1.5 times and 128 about 3 times slower.
+# p of 32 and 64 and n of 32 to 128: 32 is best or close to it, 64 takes 1.2 to 1.7 and 128 3 to 5 times as long.
 _LONGEST_TORCH_CHUNK = 32
 
 
@@ -49,7 +49,9 @@ def ssd_scan(
     chunk_size: int,
     initial_state: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    """The scan, by mamba_ssm's Triton kernels where they are found, else in torch. Differentiable once.
+    """The scan, by mamba_ssm's Triton kernels where they are found, else in torch.
+
+    Differentiable once; the torch version also in forward mode (torch.func.jvp), where no input requires gradient.
 
     Args:
         x: [b, s, h, p] inputs.
@@ -126,9 +128,7 @@ def _triton_scan(
 ) -> tuple[Tensor, Tensor]:
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    return mamba_chunk_scan_combined(
-        x, dt, A, B, C, chunk, D=D, initial_states=state, return_final_states=True
-    )
+    return mamba_chunk_scan_combined(x, dt, A, B, C, chunk, D=D, initial_states=state, return_final_states=True)
 
 
 def _step(
@@ -272,9 +272,7 @@ def _backward(
     return dx.flatten(1, 2)[:, :s], ddt.flatten(1, 2)[:, :s], dA, dB, dC, dD, dstate.view(b, h, p, n)
 
 
-def _backward_between(
-    chunks: _Chunks, dy: Tensor, dfinal: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward_between(chunks: _Chunks, dy: Tensor, dfinal: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradient through the states that pass between chunks.
 
     dy is [b, c, l, h, p], dfinal [b, h, p·n]. Returns the gradients of dt x [b, c, l, h, p], of B and C [G, l, n], of
@@ -322,9 +320,7 @@ def _backward_within(chunks: _Chunks, dy: Tensor) -> tuple[Tensor, Tensor, Tenso
     return dx, dB, dC, dlog
 
 
-def _cut(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Optional[Tensor], chunk: int
-) -> _Chunks:
+def _cut(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Optional[Tensor], chunk: int) -> _Chunks:
     """Chunks of equal length, at most ``chunk``, and the states between them.
 
     The last chunk is filled up with dt = 0, which neither decays nor enters the state.

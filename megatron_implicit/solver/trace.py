@@ -28,14 +28,14 @@ class SolveTrace:
     @property
     def accepted_residuals(self) -> Tensor:
         """Residual of the accepted evaluation, shaped as ``iterations``."""
-        index = (self.iterations - 1).clamp(min=0).unsqueeze(-1).long()
+        index = (self.iterations - 1).clamp(0, self.residuals.shape[-1] - 1).unsqueeze(-1).long()
         return self.residuals.gather(-1, index).squeeze(-1)
 
     def token_quantiles(self) -> dict[str, float]:
         """Median, 90%, 99% and largest residual of single tokens at the last evaluation."""
         if self.token_residuals is None:
             return {}
-        values = torch.quantile(self.token_residuals.flatten().float(), torch.tensor(QUANTILES))
+        values = torch.quantile(self.token_residuals.flatten().float().cpu(), torch.tensor(QUANTILES))
         return {f"p{round(100 * q)}": float(value) for q, value in zip(QUANTILES, values)}
 
     @staticmethod

@@ -10,7 +10,7 @@ from megatron_implicit.layers.stack_config import StackConfig
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules  # isort: skip
 from megatron.core.transformer import ModuleSpec  # isort: skip
-from megatron_implicit.device.megatron import mamba_stack_module  # isort: skip
+from megatron_implicit.device.megatron import accepted_arguments, mamba_stack_module  # isort: skip
 
 
 def mamba2_stack_spec(config: StackConfig) -> ModuleSpec:
@@ -24,6 +24,7 @@ def mamba2_stack_spec(config: StackConfig) -> ModuleSpec:
     )
     return ModuleSpec(
         module=stack.MambaStack,
-        params={"post_layer_norm": False, "residual_in_fp32": True},
+        # Newer versions take the float32 residual from the configuration, where it is set too.
+        params=accepted_arguments(stack.MambaStack, post_layer_norm=False, residual_in_fp32=True),
         submodules=stack.MambaStackSubmodules(mamba_layer=layer),
     )

@@ -158,11 +158,8 @@ def _draw_loss(axes: "Axes", curves: RunCurves) -> None:
     window = _draw_smoothed(axes, curves, "loss", color=BLUE, label="training")
     held_out = curves.series("validation_loss")
     if len(held_out[0]):
-        axes.plot(*held_out, color=ORANGE, marker="o", markersize=4.5, linestyle="--", label="held out", clip_on=False)
-        axes.annotate(
-            f"{held_out[1][-1]:.2f}", (held_out[0][-1], held_out[1][-1]), xytext=(0, 7), textcoords="offset points",
-            ha="right", color=ORANGE,
-        )  # fmt: skip
+        label = f"held out, {held_out[1][-1]:.2f} at last"
+        axes.plot(*held_out, color=ORANGE, marker="o", markersize=4.5, linestyle="--", label=label, clip_on=False)
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(f"{curves.name}: loss{window}")
     _finish_vertical_axis(axes, curves)
@@ -206,9 +203,7 @@ def _draw_raw(axes: "Axes", curves: RunCurves, field: str, *, color: str, label:
         label = None
 
 
-def _draw_smoothed(
-    axes: "Axes", curves: RunCurves, field: str, *, color: str, label: str, linestyle: str = "-"
-) -> str:
+def _draw_smoothed(axes: "Axes", curves: RunCurves, field: str, *, color: str, label: str, linestyle: str = "-") -> str:
     """A thick line of running means within each phase; returns words for the title on how many steps they cover."""
     window = max(1, len(curves.records) // 40)
     if window > 1 and linestyle == "-":

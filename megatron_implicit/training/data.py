@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Iterator
 
 from megatron_implicit.config import Config
@@ -9,7 +10,7 @@ from megatron_implicit.data.blend import blend_fingerprint
 from megatron_implicit.data.datasets import open_datasets, open_tokenizer
 from megatron_implicit.data.sampling import Batch, MicrobatchSampler, read_batches, read_microbatch
 from megatron_implicit.data.tokenizers import Tokenizer
-from megatron_implicit.errors import ConfigError
+from megatron_implicit.errors import ConfigError, DataError
 
 
 class TrainingData:
@@ -69,12 +70,15 @@ def open_run_tokenizer(config: Config) -> Tokenizer:
         ConfigError: the tokenizer has more entries than ``model.vocab_size``.
         DataError: there is no tokenizer.
     """
+    path = Path(config.data.path)
+    if not path.is_dir() and not Path(f"{path}.idx").is_file():
+        raise DataError(f"data.path={path}: no such folder or dataset; make one with tools/preprocess_data.py")
     tokenizer = open_tokenizer(config.data)
     if config.model.vocab_size is None:
         config.model.vocab_size = tokenizer.vocab_size
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} entries: "
-            "raise it or drop it"
+            f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size} "
+            "entries: raise it or drop it"
         )
     return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -22,7 +23,7 @@ from megatron_implicit.models.builder import build_model  # noqa: E402
 from megatron_implicit.models.parameters import ComponentCount, count_parameters  # noqa: E402
 from megatron_implicit.training.data import open_run_tokenizer  # noqa: E402
 
-from megatron.core import parallel_state, tensor_parallel  # isort: skip
+from megatron.core import parallel_state, tensor_parallel  # isort: skip  # noqa: E402
 
 GIB = 2**30
 
@@ -52,7 +53,7 @@ def print_plan(config: Config) -> None:
     if config.model.vocab_size is None:
         open_run_tokenizer(config)
     model = _build_on_meta(config)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     counts = count_parameters(model)
     console.print(_parameter_table(config, counts))
     with _buffers_on_meta():
@@ -108,7 +109,11 @@ def _phases(config: Config) -> Iterator[tuple[str, SolverConfig, float]]:
     ends = [phase.start for phase in config.curriculum[1:]] + [1.0]
     for phase, end in zip(config.curriculum, ends):
         solver = solver_of_phase(config.solver, phase)
-        passes = f"0+{solver.max_iterations}" if solver.gradient == "unrolled" else f"{solver.max_iterations}+{solver.phantom_steps}"
+        passes = (
+            f"0+{solver.max_iterations}"
+            if solver.gradient == "unrolled"
+            else f"{solver.max_iterations}+{solver.phantom_steps}"
+        )
         yield f"{phase.name} ({passes})", solver, end - phase.start
 
 
@@ -123,7 +128,9 @@ def memory_plan(config: Config, counts: dict[str, ComponentCount], pass_bytes: i
     """
     local = sum(count.local for count in counts.values())
     main_copies = local if config.train.precision == "bf16" else 0
-    passes = 1 if not config.implicit else solver.max_iterations if solver.gradient == "unrolled" else solver.phantom_steps
+    passes = (
+        1 if not config.implicit else solver.max_iterations if solver.gradient == "unrolled" else solver.phantom_steps
+    )
     tokens = config.data.sequence_length * config.train.micro_batch_size
     # Logits in the parameters' precision, then exp(logits) and its gradient in fp32.
     head = tokens * config.model.vocab_size // config.parallel.tensor * (2 * 4 + (2 if main_copies else 4))
@@ -154,7 +161,11 @@ def _saved_bytes_of_a_pass(config: Config, model: torch.nn.Module) -> int:
             sizes[id(base)] = base.numel() * base.element_size()
         return tensor
 
-    rotary = torch.zeros(config.data.sequence_length, 1, 1, model.config.kv_channels, device="meta") if config.architecture == "llama" else None
+    rotary = (
+        torch.zeros(config.data.sequence_length, 1, 1, model.config.kv_channels, device="meta")
+        if config.architecture == "llama"
+        else None
+    )
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         decoder.evaluate(z, bound_pass, rotary)
     return sum(sizes.values())
@@ -173,9 +184,14 @@ def _buffers_on_meta() -> Iterator[None]:
 
 def _assumptions(config: Config) -> str:
     parallel, train = config.parallel, config.train
-    sharded = " (not divided here: parallel.distributed_optimizer shards them over the replicas)" if parallel.distributed_optimizer else ""
+    sharded = (
+        " (not divided here: parallel.distributed_optimizer shards them over the replicas)"
+        if parallel.distributed_optimizer
+        else ""
+    )
     return (
-        f"layout: tensor {parallel.tensor}{', sequence parallel' if parallel.sequence else ''}, recompute {parallel.recompute}, "
+        f"layout: tensor {parallel.tensor}{', sequence parallel' if parallel.sequence else ''}, "
+        f"recompute {parallel.recompute}, "
         f"{train.precision}, microbatch {train.micro_batch_size} x {config.data.sequence_length} tokens\n"
         f"activations are traced with the torch versions of the kernels: fused ones keep less\n"
         f"FLOPs if every solve runs to its maximum; gradients fp32, AdamW moments and main parameters fp32{sharded}"

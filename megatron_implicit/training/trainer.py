@@ -153,8 +153,8 @@ class Trainer:
         return "\n".join(
             (
                 f"{config.run.name}: {config.model.family}, {parameters:,} parameters on this rank, {layout}",
-                f"{config.train.steps} steps of {config.train.global_batch_size} x {config.data.sequence_length} tokens; "
-                + ", ".join(f"{phase.name} from {phase.start:.0%}" for phase in config.curriculum),
+                f"{config.train.steps} steps of {config.train.global_batch_size} x {config.data.sequence_length} tokens"
+                + "".join(f", {phase.name} from {phase.start:.0%}" for phase in config.curriculum),
                 f"on {platform.name}, {platform.backend}\n{describe(platform.device_type)}",
                 f"{self.origin.kind}: {self.origin.message}",
             )

@@ -77,6 +77,7 @@ REFUSED = [
     (["--curriculum", "[{strt: 0.0}]"], "unknown configuration key 'strt'"),
     (["--schedule.warmup_fraction", "0.9"], "exceed 1: shorten one of them"),
     (["--train.micro_batch_size", "0"], "train.micro_batch_size=0 must be positive"),
+    (["--train.tokens", "1e6"], "train.steps=500 and train.tokens=1e\\+06 .489 steps. disagree"),
     (["--optimizer.beta2", "1.0"], "optimizer.beta2=1.0 must lie in"),
     (["--debug.inject", "fire@3"], "debug.inject=fire@3 must be KIND@STEP"),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
@@ -99,7 +100,9 @@ def test_the_world_must_hold_whole_replicas_and_whole_batches() -> None:
     validate_world(config, 2)
     with pytest.raises(ConfigError, match="needs a multiple of 2 processes, but the job has 3"):
         validate_world(config, 3)
-    with pytest.raises(ConfigError, match="train.global_batch_size=8 is not a multiple of train.micro_batch_size=8 x 2"):
+    with pytest.raises(
+        ConfigError, match="train.global_batch_size=8 is not a multiple of train.micro_batch_size=8 x 2"
+    ):
         validate_world(config, 4)
 
 

@@ -17,6 +17,7 @@ programs of their own, not forks: no threads, locks or captured output of pytest
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
@@ -100,8 +101,8 @@ class _Worker:
             self.process.send_signal(signal.SIGUSR1)
 
     def kill(self) -> None:
-        """Ends the process and what it started."""
-        if self.process.poll() is None:
+        """Ends the process and what it started: its group outlives it."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.connection.close()

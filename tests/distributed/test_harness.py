@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
+from pathlib import Path
 from typing import Callable
 
 import pytest
@@ -67,6 +69,10 @@ def find_traces() -> tuple[str | None, str, float]:
     return os.environ.get("LEFT_BEHIND"), os.getcwd(), float(torch.rand(1))
 
 
+def start_a_program() -> int:
+    return subprocess.Popen(["sleep", "60"]).pid
+
+
 def return_what_cannot_be_pickled() -> object:
     return lambda: None
 
@@ -126,6 +132,24 @@ def test_a_dead_process_is_reported_with_its_code() -> None:
     with pytest.raises(DistributedError) as failure:
         run_distributed(die_on_rank_0, 2)
     assert "ended with code 7" in failure.value.errors[0]
+
+
+def is_running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_what_a_job_started_ends_with_the_pool() -> None:
+    with WorkerPool(1) as own:
+        (program,) = own.run(start_a_program)
+        assert is_running(program)
+    deadline = time.monotonic() + 5
+    while is_running(program) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(program)
 
 
 def test_functions_and_values_that_cannot_travel_are_refused(pool: Pool) -> None:

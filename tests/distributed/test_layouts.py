@@ -1,4 +1,4 @@
-"""Training and checkpoints do not depend on the layout: losses, gradients, updates, counts; sizes that do not divide."""
+"""Training and checkpoints do not depend on the layout: losses, gradients, updates, counts; uneven sizes included."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import goldens, traces
-
 from megatron_implicit.checkpoint import CheckpointFolder, TrainingState, load_training_state, save_checkpoint
 from megatron_implicit.config import Config, config_from_dict, config_to_dict
+from tests import goldens, traces
 
 ONE = traces.Layout()
 TENSOR = traces.Layout(tensor=2)
@@ -96,29 +95,39 @@ def _assert_close(values: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         assert float((values[key] - other).norm()) <= tolerance * float(other.norm()) + 1e-9, key
 
 
-HALF = 14
-"""Steps before the checkpoint; the phase switches two steps later."""
+STEPS, HALF = 8, 3
+"""A shorter run for checkpoints: saved one step before the phase switches."""
 
 
-def train_and_save(family: str, layout: traces.Layout, folder: str) -> list[float]:
-    """Trains the first half and saves."""
-    config = layout.apply(uneven_config(family))
+def short_config(family: str) -> Config:
+    """The uneven run over eight steps."""
+    values = config_to_dict(uneven_config(family))
+    values["train"] |= {"steps": STEPS, "tokens": None}
+    return config_from_dict(values)
+
+
+def train_whole(family: str, layout: traces.Layout) -> traces.Trace:
+    """The short run without interruption."""
+    config = layout.apply(short_config(family))
+    return traces.train(config, traces.prepare(config, None), tokens()[:STEPS])
+
+
+def train_and_save(family: str, layout: traces.Layout, folder: str) -> None:
+    """Trains the first steps and saves."""
+    config = layout.apply(short_config(family))
     parts = traces.prepare(config, None)
-    trace = traces.train(config, parts, tokens()[:HALF])
+    traces.train(config, parts, tokens()[:HALF])
     state = TrainingState(step=HALF)
     save_checkpoint(CheckpointFolder(Path(folder)), config, state, parts.model.module, parts.optimizer, parts.scheduler)
-    return trace.losses
 
 
 def load_and_train(family: str, layout: traces.Layout, folder: str, same_layout: bool) -> traces.Trace:
-    """Loads and trains the second half."""
-    config = layout.apply(uneven_config(family))
+    """Loads and trains the rest."""
+    config = layout.apply(short_config(family))
     parts = traces.prepare(config, None)
     step_folder = CheckpointFolder(Path(folder)).latest()
-    load_training_state(
-        step_folder, parts.model.module, parts.optimizer, parts.scheduler, same_layout=same_layout
-    )
-    return traces.train(config, parts, tokens()[HALF:], first_step=HALF + 1)
+    load_training_state(step_folder, parts.model.module, parts.optimizer, parts.scheduler, same_layout=same_layout)
+    return traces.train(config, parts, tokens()[HALF:STEPS], first_step=HALF + 1)
 
 
 RESHARDINGS = [
@@ -129,11 +138,19 @@ RESHARDINGS = [
 ]
 
 
+@functools.lru_cache(maxsize=None)
+def whole_run(family: str) -> traces.Trace:
+    """The short run on this process."""
+    return train_whole(family, ONE)
+
+
+@pytest.mark.parametrize("family", goldens.IMPLICIT)
 @pytest.mark.parametrize("name, world, saved, new_world, loaded", RESHARDINGS, ids=[case[0] for case in RESHARDINGS])
 def test_a_checkpoint_continues_on_another_layout(
-    pool, tmp_path, reference, name: str, world: int, saved: traces.Layout, new_world: int, loaded: traces.Layout
-) -> None:
-    family, expected = reference
+    pool, tmp_path, one_process, family: str, name: str, world: int, saved: traces.Layout, new_world: int,
+    loaded: traces.Layout,
+) -> None:  # fmt: skip
+    expected = whole_run(family)
     pool(world).run(train_and_save, family, saved, str(tmp_path))
     for trace in pool(new_world).run(load_and_train, family, loaded, str(tmp_path), False):
         assert _relative(trace.losses, expected.losses[HALF:]) <= 1e-5
@@ -144,7 +161,7 @@ def test_a_checkpoint_continues_on_another_layout(
 @pytest.mark.parametrize("layout", [SEQUENCE, SHARDED], ids=["TP2+SP", "DP2 distributed optimizer"])
 def test_a_checkpoint_continues_bit_for_bit_on_its_own_layout(pool, tmp_path, layout: traces.Layout) -> None:
     family = "implicit_mamba2"
-    whole = pool(2).run(train_uneven, family, layout)
+    whole = pool(2).run(train_whole, family, layout)
     pool(2).run(train_and_save, family, layout, str(tmp_path))
     for trace, uninterrupted in zip(pool(2).run(load_and_train, family, layout, str(tmp_path), True), whole):
         assert trace.losses == uninterrupted.losses[HALF:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import faulthandler
 import os
@@ -10,6 +9,8 @@ import pickle
 import random
 import signal
 import sys
+import threading
+import time
 import traceback
 from multiprocessing.connection import Connection
 
@@ -18,7 +19,7 @@ from tests.distributed.harness import LEAVE, Job, Reply
 
 def main() -> None:
     """Runs jobs until the other end is gone."""
-    _die_with_parent()
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     connection = Connection(int(sys.argv[1]))
     import torch
@@ -45,9 +46,11 @@ def main() -> None:
         connection.send_bytes(_leave())
 
 
-def _die_with_parent() -> None:
-    """A killed pytest leaves no processes behind (Linux: PR_SET_PDEATHSIG is 1)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def _end_with_parent(parent: int) -> None:
+    """A killed pytest leaves no processes behind: neither this one, stuck or not, nor what a job started."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _run(message: bytes) -> bytes:

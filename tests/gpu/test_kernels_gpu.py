@@ -71,7 +71,7 @@ def assert_close_with_gradients(
 
 
 def scan_inputs(s: int, g: int, dtype: torch.dtype, *, full: bool) -> list[Optional[Tensor]]:
-    """x, dt, A, B, C, D and a state as the mixer passes them: what the projection made in ``dtype``, the rest float32."""
+    """x, dt, A, B, C, D and a state as the mixer passes them: what it projects in ``dtype``, the rest float32."""
     b, h, p, n = 2, 8, 64, 32
     x, B, C = (normal(*shape).to(dtype) for shape in ((b, s, h, p), (b, s, g, n), (b, s, g, n)))
     dt, A = F.softplus(normal(b, s, h) - 3), -8 * torch.rand(h)

@@ -107,13 +107,15 @@ def test_what_does_not_fit_is_refused(broken: str) -> None:
 
 
 class TestCallOfTheCudaKernel:
-    """The layout the CUDA kernel insists on, with a stand-in that checks it as its C++ does (1.6.2, causal_conv1d.cpp)."""
+    """The layout the CUDA kernel insists on: a stand-in checks it as causal_conv1d.cpp of version 1.6.2 does."""
 
     @pytest.fixture(autouse=True)
     def calls(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         calls: list[tuple[int, ...]] = []
 
-        def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor, *, initial_states: Optional[Tensor], activation: str):
+        def causal_conv1d_fn(
+            x: Tensor, weight: Tensor, bias: Tensor, *, initial_states: Optional[Tensor], activation: str
+        ):
             calls.append(tuple(x.shape))
             assert activation == "silu" and weight.is_contiguous() and bias.dtype == weight.dtype
             assert x.shape[1] % 8 == 0 and 2 <= weight.shape[1] <= 4

@@ -149,16 +149,30 @@ def test_second_derivative_is_refused() -> None:
         gradient.sum().backward()
 
 
+def test_directional_derivatives_match_the_sequential_scan() -> None:
+    """Forward mode, which the torch version supports where no input requires gradient."""
+    inputs = tuple(tensor.detach() for tensor in make_inputs(19, g=2))
+    directions = tuple(tensor.flip(0) for tensor in inputs)
+
+    def chunked(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return ssd_scan(*tensors[:6], chunk_size=4, initial_state=tensors[6])
+
+    def sequential(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        return ssd_scan_sequential(*tensors[:6], initial_state=tensors[6])
+
+    got, want = (torch.func.jvp(scan, inputs, directions) for scan in (chunked, sequential))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 def test_views_of_a_wider_tensor_are_taken_as_they_are() -> None:
     """x, B and C arrive as slices of the convolution's output."""
     x, dt, A, B, C, D, state = (tensor.detach() for tensor in make_inputs(12, g=2))
     wide = torch.cat([x.flatten(2), B.flatten(2), C.flatten(2)], dim=-1)
     x_view, B_view, C_view = wide.split([12, 10, 10], dim=-1)
     views = x_view.unflatten(-1, (4, 3)), dt, A, B_view.unflatten(-1, (2, 5)), C_view.unflatten(-1, (2, 5)), D
-    for got, want in zip(
-        ssd_scan(*views, chunk_size=4, initial_state=state), ssd_scan(x, dt, A, B, C, D, chunk_size=4, initial_state=state)
-    ):
-        torch.testing.assert_close(got, want)
+    got = ssd_scan(*views, chunk_size=4, initial_state=state)
+    want = ssd_scan(x, dt, A, B, C, D, chunk_size=4, initial_state=state)
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("broken", ["dt", "A", "groups", "chunk"])

@@ -1,8 +1,8 @@
 """Runs mamba_ssm's Triton kernels on the CPU, through Triton's interpreter, beside the torch scan.
 
-Run by ``test_triton_kernels.py`` in a process of its own: the interpreter is switched on for a whole process, and
-parts of torch.cuda are replaced. Prints a JSON object: for each case the relative L2 difference of each output and
-gradient.
+Run by ``test_triton_kernels.py`` in a process of its own, with TRITON_INTERPRET=1 in its environment: the interpreter
+is switched on for a whole process, and parts of torch.cuda are replaced. Prints a JSON object: for each case the
+relative L2 difference of each output and gradient.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import contextlib
 import functools
 import importlib.util
 import json
-import os
 import sys
 import types
 from dataclasses import replace
 from typing import Any, Callable, Optional
 from unittest import mock
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +80,8 @@ def inputs(s: int, g: int, full: bool, dtype: torch.dtype) -> list[Optional[Tens
 
     rates = -4 * torch.rand(h, generator=generator)
     x, B, C = (normal(*shape).to(dtype) for shape in ((b, s, h, p), (b, s, g, n), (b, s, g, n)))
-    return [x, F.softplus(normal(b, s, h) - 1), rates, B, C, *((normal(h), normal(b, h, p, n)) if full else (None, None))]
+    skip_and_state = [normal(h), normal(b, h, p, n)] if full else [None, None]
+    return [x, F.softplus(normal(b, s, h) - 1), rates, B, C, *skip_and_state]
 
 
 def gated_norm(norm: Callable) -> dict[str, Tensor]:

@@ -26,7 +26,13 @@ class Console(Callback):
         if trainer.initial_validation is not None:
             self._terminal.print(f"step 0  held-out loss {trainer.initial_validation.loss:.4f}")
         if self._terminal.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), console=self._terminal)
             self._task = self._bar.add_task("", total=trainer.last_step, completed=trainer.state.step, note="")
             self._bar.start()
@@ -35,7 +41,9 @@ class Console(Callback):
         if dist.get_rank() != 0:
             return
         if self._bar:
-            self._bar.update(self._task, completed=record.step, note=f"loss {record.result.loss:.3f} · {record.phase.name}")
+            self._bar.update(
+                self._task, completed=record.step, note=f"loss {record.result.loss:.3f} · {record.phase.name}"
+            )
         last = record.step == trainer.last_step
         if record.step % trainer.config.telemetry.console_every == 0 or record.validation is not None or last:
             self._terminal.print(step_line(record.metrics, trainer.config.train.steps))

@@ -1,0 +1,53 @@
+"""Goldens and a short bf16 training with NCCL on a GPU; skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_implicit import load_pretrained
+from megatron_implicit.config import config_from_dict, config_to_dict
+from megatron_implicit.solver import SolveSettings
+from megatron_implicit.training.curriculum import Curriculum
+from megatron_implicit.training.optimizer import prepare_training
+from megatron_implicit.training.step import StepRunner
+from tests import goldens, traces
+from tests.test_api import write_reference
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+
+
+@pytest.mark.parametrize("family", goldens.FAMILIES)
+def test_goldens_in_fp32(tmp_path: Path, family: str, one_process: None) -> None:
+    """Looser than on a CPU: the kernels sum in another order."""
+    lm = load_pretrained(write_reference(tmp_path, family), device=DEVICE)
+    ids = torch.from_numpy(goldens.arrays(family)["input_ids"]).to(DEVICE)
+    for mode, case in (("simultaneous", "eval"), ("sequential", "seq")):
+        out = lm(ids, mode=mode, residual_norm="batch")
+        assert float((out.logits.cpu() - goldens.tensor(family, f"{case}/logits")).abs().max()) <= 1e-4
+    out = lm.train()(ids)
+    assert float((out.logits.detach().cpu() - goldens.tensor(family, "train/logits")).abs().max()) <= 1e-4
+    goldens.cross_entropy(out.logits, torch.from_numpy(goldens.arrays(family)["labels"]).to(DEVICE)).backward()
+    for key, gradient in goldens.gather_reference(lm.model, lambda parameter: parameter.grad).items():
+        expected = torch.from_numpy(goldens.arrays(f"{family}_grads")[f"grad/{key}"])
+        assert float((gradient.cpu() - expected).norm() / expected.norm()) <= 1e-3, key
+
+
+@pytest.mark.parametrize("family", goldens.IMPLICIT)
+def test_bf16_training_follows_the_golden_trace(family: str, one_process: None) -> None:
+    values = config_to_dict(traces.golden_training_config(family))
+    values["train"]["precision"] = "bf16"
+    config = config_from_dict(values)
+    parts = prepare_training(config, traces.build_golden(config, family).to(DEVICE))
+    runner, curriculum, losses = StepRunner(config, parts), Curriculum(config), []
+    tokens = torch.from_numpy(goldens.arrays(f"{family}_training")["tokens"])
+    per_step = config.train.global_batch_size * config.data.sequence_length
+    for step, batch in enumerate(tokens, start=1):
+        parts.model.module.decoder.solver = SolveSettings.training(curriculum.phase((step - 1) * per_step).solver)
+        losses.append(runner.run(step, traces.microbatches(config, batch), torch.device(DEVICE)).loss)
+    expected = traces.golden_losses(family)
+    for loss, other in zip(losses, expected, strict=True):
+        assert loss == pytest.approx(other, rel=0.02)

@@ -1,0 +1,112 @@
+"""Starting, resuming and branching runs with launch/pretrain.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from tests.launch.conftest import Runs
+
+METRICS = {
+    "step", "time", "attempt", "tokens", "loss", "grad_norm", "learning_rate", "phase", "iterations_mean",
+    "iterations_max", "evaluations_mean", "evaluations_max", "residual_mean", "residual_max",
+    "unconverged_fraction", "step_time_s", "tokens_per_s", "model_flops_per_s", "mfu", "memory_bytes",
+}  # fmt: skip
+
+
+def test_a_run_writes_its_folder(runs: Runs) -> None:
+    files = set(runs.contents("whole"))
+    assert {"config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints/latest"} <= files
+    assert "checkpoints/step_00000008/manifest.json" in files
+    metrics = runs.metrics("whole")
+    assert sorted(metrics) == list(range(9))
+    assert "validation_loss" in metrics[0]
+    for step in range(1, 9):
+        assert METRICS <= set(metrics[step])
+        assert metrics[step]["tokens"] == step * 4 * 32
+        assert metrics[step]["phase"] == ("bounded" if step <= 4 else "free")
+    assert metrics[1]["evaluations_mean"] == 3
+    assert metrics[8]["evaluations_max"] <= 12
+    assert metrics[8]["loss"] < metrics[1]["loss"]
+    events = [json.loads(line)["kind"] for line in (runs.folder / "whole/events.jsonl").read_text().splitlines()]
+    assert events[0] == "start" and "phase" in events and events[-1] == "checkpoint"
+    assert sorted(p.name for p in (runs.folder / "whole/checkpoints").glob("step_*")) == [
+        "step_00000006",
+        "step_00000008",
+    ]
+
+
+def test_a_stopped_run_resumes_bit_for_bit(runs: Runs) -> None:
+    assert runs.start("stopped", "--train.stop_after_steps", "4").code == 0
+    resumed = runs.start("stopped", config=False)  # the checkpoint's configuration is all it needs
+    assert resumed.code == 0, resumed.output
+    assert runs.losses("stopped") == runs.losses("whole")
+    assert runs.metrics("stopped")[8]["attempt"] == 1
+
+
+def test_a_crashed_run_resumes_bit_for_bit_from_its_last_checkpoint(runs: Runs) -> None:
+    assert runs.start("crashed", "--debug.inject", "crash@6").code != 0
+    assert runs.start("crashed").code == 0
+    assert runs.losses("crashed") == runs.losses("whole")
+    assert [runs.metrics("crashed")[step]["attempt"] for step in (3, 4, 8)] == [0, 1, 1]
+
+
+def test_a_run_resumes_on_two_tensor_ranks(runs: Runs) -> None:
+    runs.start("widened", "--train.stop_after_steps", "3")
+    job = runs.start("widened", "--parallel.tensor", "2", "--parallel.sequence", "true", processes=2)
+    assert job.code == 0, job.output
+    for (loss, norm, _), (expected, expected_norm, _) in zip(runs.losses("widened"), runs.losses("whole"), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_a_finished_run_has_nothing_left_to_do(runs: Runs) -> None:
+    before = runs.contents("whole")
+    runs.copy("whole", "finished")
+    assert runs.start("finished").code == 0
+    after = runs.contents("finished")
+    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+    assert after["checkpoints/latest"] == before["checkpoints/latest"]
+
+
+def test_a_changed_key_that_alters_training_is_refused_by_name(runs: Runs) -> None:
+    before = runs.contents("whole")
+    job = runs.start("whole", "--optimizer.learning_rate", "0.5")
+    assert job.code != 0
+    assert len(job.errors) == 1 and "optimizer.learning_rate=0.5 differs from 0.003" in job.errors[0]
+    assert runs.contents("whole") == before
+
+
+def test_a_branch_takes_the_weights_and_its_own_configuration(runs: Runs) -> None:
+    job = runs.start(
+        "branch", "--checkpoint.load", str(runs.folder / "whole/checkpoints/step_00000006"),
+        "--optimizer.learning_rate", "1e-4", "--curriculum",
+        "[{start: 0.0, name: unrolled, gradient: unrolled, max_iterations: 4}]",
+    )  # fmt: skip
+    assert job.code == 0, job.output
+    metrics = runs.metrics("branch")
+    assert sorted(metrics) == [7, 8]
+    assert metrics[7]["phase"] == "unrolled"
+    # The decay that begins after step 6 has covered half of its two steps: 1e-5 + (1e-4 - 1e-5)(1 - sqrt 1/2).
+    assert metrics[7]["learning_rate"] == pytest.approx(1e-5 + 9e-5 * (1 - 0.5**0.5))
+    event = json.loads((runs.folder / "branch/events.jsonl").read_text().splitlines()[0])
+    assert event["kind"] == "branch" and "step_00000006" in event["message"]
+    state = json.loads((runs.folder / "branch/checkpoints/step_00000008/state.json").read_text())
+    assert state["parent"].endswith("step_00000006")
+
+
+def test_the_saved_configuration_is_resolved(runs: Runs) -> None:
+    saved = yaml.safe_load((runs.folder / "whole/config.yaml").read_text())
+    assert saved["model"]["vocab_size"] == 320
+    assert saved["inference"]["max_iterations"] == 96
+    assert saved["train"]["tokens"] == 8 * 4 * 32
+
+
+def test_a_dry_run_prints_parameters_memory_and_flops(runs: Runs) -> None:
+    job = runs.start("dry", "--dry-run", "--model.family", "implicit_mamba2", "--parallel.tensor", "2")
+    assert job.code == 0, job.output
+    for words in ("injection", "total", "bounded (3+1)", "free (12+2)", "FLOPs"):
+        assert words in job.output
+    assert not (runs.folder / "dry").exists()
