@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 _POLL = 0.01
 """Seconds between looks for a message: MPI's own waiting would keep a core busy."""
+_LEAVE = 1.0
+"""Seconds that rank 0 leaves after the others: it may end with an exit code, at which srun kills who is left."""
 _TAKE, _DEAL, _PROGRESS, _RESULT, _END = range(5)
 
 
@@ -90,7 +92,7 @@ class MpiTeam:
         if error is not None:
             raise error
         if failed:
-            raise SystemExit(1)  # rank 0 says why
+            raise SystemExit(0)  # rank 0 says why and fails; a launcher would end it at once if others failed before
         return result
 
     def open(self, numbers: list[int]) -> None:
@@ -152,6 +154,11 @@ class MpiTeam:
 
             traceback.print_exception(error)
             self._comm.Abort(1)
+        from mpi4py import MPI
+
+        MPI.Finalize()
+        if self.rank == 0:
+            time.sleep(_LEAVE)
 
 
 def join_team(environment: Mapping[str, str] = os.environ) -> Alone | MpiTeam:
