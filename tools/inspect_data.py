@@ -16,6 +16,8 @@ import _bootstrap  # noqa: F401
 
 from megatron_implicit.cli import CommandParser, run_command
 
+_FILE_WIDTH = 160
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -38,6 +40,8 @@ def main() -> None:
     tokenizer = open_tokenizer(data)
     datasets = inspect_blend(data, tokenizer)
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH  # into a file the table is not squeezed
     _print_counts(console, datasets)
     coverage = measure_coverage(datasets, tokenizer.vocab_size, arguments.coverage_tokens)
     _print_coverage(console, coverage, tokenizer)
