@@ -89,6 +89,7 @@ def test_workers_merging_and_one_dataset_give_the_same_bytes(
     for suffix in ("bin", "idx", "json"):
         assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"merged.{suffix}").read_bytes()
     assert set(os.listdir(tmp_path)) == {"d"} | {f"{n}.{s}" for n in ("one", "merged") for s in ("bin", "idx", "json")}
+    assert run([sys.executable, str(TOOL), "--verify", str(tmp_path / "one")]).returncode == 0
     joined = b"".join(expected[f"part{number}.bin"] for number in range(5))
     assert (tmp_path / "one.bin").read_bytes() == joined
 
