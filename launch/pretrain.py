@@ -8,30 +8,56 @@ from __future__ import annotations
 
 import os
 import sys
+import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_implicit.errors import MegatronImplicitError, NonFiniteIterateError  # noqa: E402
+from megatron_implicit.errors import ConfigError, MegatronImplicitError  # noqa: E402
+
+USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+PATIENCE_S = 3.0
+"""What another rank waits before it reports an error: where all ranks have it, the launcher ends it meanwhile."""
 
 
 def main() -> None:
-    """Runs the job; its errors are one line."""
+    """Runs the job; errors that a user can act on are one line, on the rank that has them."""
     arguments = sys.argv[1:]
-    rank = int(os.environ.get("RANK", 0))
+    code = 0
     try:
         if "--dry-run" in arguments:
             _dry_run([argument for argument in arguments if argument != "--dry-run"])
         else:
             _pretrain(arguments)
     except MegatronImplicitError as error:
-        # All ranks find the same fault but for a diverged solve, which may be one replica's own.
-        if rank == 0 or isinstance(error, NonFiniteIterateError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
-        os._exit(1)  # other ranks may wait in a collective: leave without joining them
+        code = USAGE_ERROR if isinstance(error, ConfigError) else FAILURE
+        _report(str(error))
+    except OSError as error:
+        code = FAILURE
+        _report(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        os._exit(130)
+        code = INTERRUPTED
+        if not int(os.environ.get("RANK", 0)):
+            _report("interrupted: the same command goes on from the last checkpoint")
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        code = FAILURE
+        traceback.print_exc()
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # other ranks may wait in a collective: leave without joining them
+
+
+def _report(message: str) -> None:
+    """Rank 0 at once; another rank after a pause and with its number."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(PATIENCE_S)
+    place = f"rank {rank}: " if rank else ""
+    print(f"error: {place}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
 def _pretrain(arguments: list[str]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, Optional
 import torch
 from torch import Tensor, nn
 
-from megatron_implicit.comm.groups import place_from_environment, start_model_parallel, start_process_group
+from megatron_implicit.comm.groups import Place, place_from_environment, start_model_parallel, start_process_group
 from megatron_implicit.config import Config
 from megatron_implicit.device import current_platform, prepare_megatron
 from megatron_implicit.errors import CheckpointError, ConfigError
@@ -63,6 +63,7 @@ class PretrainedModel(nn.Module):
             ConfigError: an unknown mode or override, or input that does not fit the model; in one line.
         """
         self._check_input(input_ids)
+        input_ids = input_ids.to(next(self.parameters()).device)
         chunk = self._chunk(mode, chunk_size, input_ids.shape[1])
         self._set_solver(residual_norm, solver_overrides)
         if chunk is None:
@@ -137,13 +138,30 @@ def load_pretrained(
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a folder: give a checkpoint, a run or a reference model folder")
     place = place_from_environment()
+    target = _target_device(device, place)
     start_process_group(place)
     from megatron_implicit.conversion.reference import is_reference_folder
 
     load = _load_reference if is_reference_folder(path) else _load_checkpoint
-    model, config = load(path, _DTYPES[dtype], torch.distributed.get_world_size())
-    target = torch.device(device) if device else current_platform().device(place.local_rank)
+    with torch.random.fork_rng(devices=[]):  # building groups seeds the generators; the caller's stay as they are
+        model, config = load(path, _DTYPES[dtype], torch.distributed.get_world_size())
     return PretrainedModel(model.to(target), config).eval()
+
+
+def _target_device(device: str | None, place: Place) -> torch.device:
+    """Where the model goes; Megatron-Core computes on the current device, so that becomes it.
+
+    Raises:
+        ConfigError: a device this machine does not have, or the CPU of a machine whose GPU is visible.
+    """
+    platform = current_platform()
+    target = torch.device(device) if device else platform.device(place.local_rank)
+    if target.type != platform.device_type:
+        remedy = "set CUDA_VISIBLE_DEVICES='' to hide the GPU" if target.type == "cpu" else "use device='cpu'"
+        raise ConfigError(f"device={device!r} is not available on {platform.name}: {remedy}")
+    if target.index is not None:
+        platform.use(target.index)
+    return target
 
 
 def _for_this_job(config: Config, precision: str, world_size: int) -> Config:

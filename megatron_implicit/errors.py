@@ -1,5 +1,9 @@
 """Named errors whose message tells the user what to do. The commands print them as one line and exit non-zero."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class MegatronImplicitError(Exception):
     """Base of every error a user can cause or must act on; its message names the thing and the remedy."""
@@ -29,13 +33,19 @@ class NonFiniteIterateError(MegatronImplicitError):
             "finite; lower optimizer.learning_rate or solver.damping, or resume from an earlier checkpoint"
         )
 
+    @classmethod
+    def of(cls, broken_at: Any) -> "NonFiniteIterateError":
+        """The error of a trace's ``broken_at`` [b], of which some entry is not 0."""
+        first = int(broken_at[broken_at > 0].min())
+        return cls(evaluation=first, samples=(broken_at == first).nonzero().flatten().tolist())
+
     def at(self, step: int, microbatch: int) -> "NonFiniteIterateError":
         """The same error with the step and microbatch it happened in."""
         return NonFiniteIterateError(evaluation=self.evaluation, samples=self.samples, step=step, microbatch=microbatch)
 
 
 class DivergedError(MegatronImplicitError):
-    """The loss is no longer finite."""
+    """The loss or the gradient is no longer finite."""
 
 
 class LaunchError(MegatronImplicitError):

@@ -66,6 +66,14 @@ def lm(tmp_path_factory: pytest.TempPathFactory, one_process: None):
     return load_pretrained(write_reference(tmp_path_factory.mktemp("reference"), "implicit_mamba2"))
 
 
+def test_loading_leaves_the_callers_random_generator_alone(tmp_path: Path, one_process: None) -> None:
+    torch.manual_seed(77)
+    expected = torch.rand(3)
+    torch.manual_seed(77)
+    load_pretrained(write_reference(tmp_path, "explicit_llama"))
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_solver_overrides_carry_the_configurations_names(lm) -> None:
     out = lm.train()(IDS, max_iterations=4, phantom_steps=1)
     assert float((out.logits - goldens.tensor("implicit_mamba2", "bounded/logits")).abs().max().detach()) <= 1e-5
@@ -78,6 +86,7 @@ def test_tight_solves_agree_over_modes_and_with_the_float64_fixed_point(lm) -> N
     tight = {"tolerance": 1e-6, "max_iterations": 400}
     expected = goldens.tensor("implicit_mamba2", "fp/logits").float()
     whole = lm.eval()(IDS, **tight)
+    assert not whole.logits.requires_grad
     assert float((whole.logits - expected).abs().max()) <= 1e-4
     for chunk in (1, 5, 24):
         part = lm(IDS, mode="chunked", chunk_size=chunk, **tight)
@@ -107,6 +116,9 @@ REFUSED_CALLS = [
     (dict(mode="window", window_size=4), "mode='window' is not supported: use simultaneous, sequential or chunked"),
     (dict(mode="chunked"), "chunk_size=None must be a positive number"),
     (dict(max_iter=3), "solver override 'max_iter' is unknown"),
+    (dict(max_iterations=1), "inference.max_iterations=1 must be at least 2"),
+    (dict(stop="smple"), "inference.stop=smple must be one of batch, sample"),
+    (dict(damping=7.0), r"inference.damping=7.0 must lie in \(0, 1\]"),
     (dict(input_ids=torch.full((1, 2), 128)), "input_ids hold 128, outside the vocabulary of 128"),
     (dict(input_ids=torch.full((1, 2), -1)), "input_ids hold -1"),
     (dict(input_ids=torch.zeros(1, 0, dtype=torch.long)), "must be integers of shape"),

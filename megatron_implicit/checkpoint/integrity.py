@@ -1,4 +1,4 @@
-"""Proof that a checkpoint is whole: a manifest of sizes and checksums, made by the ranks that wrote the files."""
+"""Proof that a checkpoint is whole: a manifest of sizes and checksums, made by all ranks together."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ class FileEntry(TypedDict):
 
 def write_manifest(folder: Path) -> None:
     """Every rank syncs and sums its share of the files, rank 0 writes the list; all ranks must call it."""
-    files = _files(folder)
     rank, world = dist.get_rank(), dist.get_world_size()
+    listing = [_files(folder) if rank == 0 else None]
+    dist.broadcast_object_list(listing, src=0)  # one list, whatever each rank's view of a shared file system
+    files = listing[0]
     mine = {name: _measure(folder / name, sync=True) for name in files[rank::world]}
     shares: list[dict[str, FileEntry] | None] = [None] * world
     dist.all_gather_object(shares, mine)

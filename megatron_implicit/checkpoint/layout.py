@@ -46,10 +46,14 @@ class CheckpointFolder:
         """The checkpoint that ``latest`` names; None if there is none yet.
 
         Raises:
-            CheckpointError: ``latest`` names a folder that is not there.
+            CheckpointError: ``latest`` names a folder that is not there, or is missing although there are checkpoints.
         """
         pointer = self.path / "latest"
         if not pointer.is_file():
+            if self.steps():
+                raise CheckpointError(
+                    f"{self.path} holds checkpoints but no 'latest': write the name of a step_... folder to {pointer}"
+                )
             return None
         folder = self.path / pointer.read_text(encoding="utf-8").strip()
         if not folder.is_dir():
@@ -72,12 +76,15 @@ class CheckpointFolder:
         return final
 
     def prune(self, keep_last: int, keep_every: int) -> None:
-        """Removes all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps."""
+        """Removes all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps.
+
+        Checkpoints newer than ``latest`` are left alone: after a roll-back they are not this run's.
+        """
         latest = self.latest()
-        for step in self.steps()[:-keep_last]:
-            folder = self.step_folder(step)
-            if folder != latest and not (keep_every and step % keep_every == 0):
-                shutil.rmtree(folder)
+        older = [step for step in self.steps() if latest is not None and self.step_folder(step) <= latest]
+        for step in older[:-keep_last]:
+            if not (keep_every and step % keep_every == 0):
+                shutil.rmtree(self.step_folder(step))
 
 
 def locate_checkpoint(path: Path) -> Path:

@@ -94,7 +94,6 @@ def load_training_state(
     if not same_layout:
         del shards["random"]  # one a rank: other ranks, other generators; the current seeds stay
     loaded = _load(shards, step_folder)
-    model.load_state_dict(loaded["model"], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
@@ -108,22 +107,31 @@ def load_model_weights(model: nn.Module, step_folder: Path) -> None:
         CheckpointError: the checkpoint is damaged or holds another model.
     """
     verify_manifest(step_folder)
-    loaded = _load({"model": model.sharded_state_dict(metadata=_metadata())}, step_folder)
-    model.load_state_dict(loaded["model"], strict=False)
+    _load({"model": model.sharded_state_dict(metadata=_metadata())}, step_folder)
 
 
 def _load(shards: dict[str, Any], step_folder: Path) -> dict[str, Any]:
+    """Loads into ``shards``; the model's parameters are filled where they are.
+
+    Megatron-Core reads into the tensors it is given. Were it ever to return others, the model would keep whatever its
+    memory held, so that is checked.
+    """
+    targets = {key: shard.data.data_ptr() for key, shard in shards["model"].items() if hasattr(shard, "data")}
     try:
-        return dist_checkpointing.load(
+        loaded = dist_checkpointing.load(
             shards, str(step_folder), strict=StrictHandling.RAISE_UNEXPECTED, validate_access_integrity=True
         )
-    except CheckpointError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # Megatron-Core and torch raise many kinds for a checkpoint that does not fit
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{step_folder} does not fit this model ({reason}): check model.* against its config.yaml"
         ) from error
+    moved = [key for key, address in targets.items() if loaded["model"][key].data_ptr() != address]
+    if moved:
+        raise RuntimeError(f"dist_checkpointing did not load in place: {', '.join(moved[:3])}")
+    return loaded
 
 
 def _metadata() -> dict[str, Any]:

@@ -98,7 +98,11 @@ def _finish(namespace: Any) -> Config:
 
 
 def _build_parser(prog: str | None) -> _Parser:
-    parser = _Parser(prog=prog, description="Pretrain an implicit or explicit language model.", exit_on_error=True)
+    parser = _Parser(
+        prog=prog,
+        description="Pretrain an implicit or explicit language model; --dry-run only says what it would cost.",
+        exit_on_error=True,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below")
     for field in dataclasses.fields(Config):
         if field.name == "curriculum":

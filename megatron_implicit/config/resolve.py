@@ -28,6 +28,10 @@ def resolve(config: Config) -> Config:
         if rate is None:
             raise ConfigError("optimizer.learning_rate is not set and model.size=custom has no default: set it")
         config.optimizer.learning_rate = rate
+    if config.train.precision == "bf16":
+        # Megatron-Core's plain mixed-precision optimizer cannot save parameters that are fp32 themselves, as our gains,
+        # norms and biases are; the distributed one can, on one replica too.
+        config.parallel.distributed_optimizer = True
     if config.parallel.microbatches_in_flight is None:
         config.parallel.microbatches_in_flight = 2 * config.parallel.pipeline
     if config.run.name is None:

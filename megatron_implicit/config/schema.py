@@ -131,7 +131,7 @@ class ParallelConfig:
     microbatches_in_flight: Optional[int] = None
     """Pipeline: microbatches solving at once; None means twice the stages."""
     distributed_optimizer: bool = False
-    """Shard optimizer state and main parameters over the data-parallel ranks."""
+    """Shard optimizer state and main parameters over the data-parallel ranks; always on with precision=bf16."""
     recompute: Literal["none", "layer", "pass"] = "none"
     """Recompute activations in the backward pass, layer by layer or a whole pass of F at once."""
     timeout_minutes: float = 10.0

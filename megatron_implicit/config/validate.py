@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import typing
 
 from megatron_implicit.config.resolve import solver_of_phase
-from megatron_implicit.config.schema import Config, SolverConfig
+from megatron_implicit.config.schema import Config, InferenceConfig, SolverConfig
 from megatron_implicit.errors import ConfigError
 
 
@@ -15,11 +16,11 @@ def validate(config: Config) -> None:
     Raises:
         ConfigError: the first impossible value or combination.
     """
-    _validate_model(config)
     _validate_parallel(config)
-    _validate_solver("solver", config.solver)
+    _validate_model(config)
+    validate_solver("solver", config.solver)
     _validate_curriculum(config)
-    _validate_inference(config)
+    validate_inference("inference", config.inference)
     _validate_data(config)
     _validate_training(config)
     _validate_debug(config)
@@ -46,6 +47,15 @@ def validate_world(config: Config, world_size: int) -> None:
             f"{train.micro_batch_size} x {replicas} data-parallel replicas = {samples}: "
             f"use {_nearest_multiple(train.global_batch_size, samples)} or change train.micro_batch_size"
         )
+
+
+def _one_of(section: str, values: object, *names: str) -> None:
+    """A field annotated with a Literal holds one of its values (the parser checks files, not calls)."""
+    hints = typing.get_type_hints(type(values))
+    for name in names:
+        allowed = typing.get_args(hints[name])
+        value = getattr(values, name)
+        _require(value in allowed, f"{section}.{name}={value} must be one of {', '.join(allowed)}")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -81,6 +91,11 @@ def _validate_model(config: Config) -> None:
         _positive("model", model, "vocab_size")
     _fraction("model.dropout", model.dropout)
     _require(
+        not (model.dropout > 0 and config.parallel.recompute != "none"),
+        f"model.dropout={model.dropout} with parallel.recompute={config.parallel.recompute} is refused: the recomputed "
+        "pass would draw another mask; set parallel.recompute=none",
+    )
+    _require(
         not (config.implicit and model.dropout > 0),
         f"model.dropout={model.dropout} is refused for {model.family}: every pass of the solve would draw another "
         "mask, so there is no fixed point; set it to 0",
@@ -94,6 +109,10 @@ def _validate_model(config: Config) -> None:
 def _validate_mamba2(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
     _positive("model", model, "state_size", "head_dim", "scan_chunk_size")
+    chunk = model.scan_chunk_size
+    _require(
+        chunk & (chunk - 1) == 0, f"model.scan_chunk_size={chunk} must be a power of two: the compiled scan needs one"
+    )
     inner = model.expand * model.hidden_size
     _require(
         inner % model.head_dim == 0,
@@ -141,7 +160,13 @@ def _validate_parallel(config: Config) -> None:
     )
 
 
-def _validate_solver(section: str, solver: SolverConfig) -> None:
+def validate_solver(section: str, solver: SolverConfig) -> None:
+    """Checks a solver section, of the configuration or of a call.
+
+    Raises:
+        ConfigError: the first impossible value.
+    """
+    _one_of(section, solver, "stop", "gradient")
     _positive(section, solver, "max_iterations", "damping", "phantom_damping")
     _require(solver.tolerance >= 0, f"{section}.tolerance={solver.tolerance} must not be negative")
     _require(
@@ -158,7 +183,7 @@ def _validate_curriculum(config: Config) -> None:
     _require(phases[0].start == 0.0, f"curriculum[0].start={phases[0].start} must be 0: the first phase begins the run")
     for index, phase in enumerate(phases):
         _fraction(f"curriculum[{index}].start", phase.start)
-        _validate_solver(f"curriculum[{index}]", solver_of_phase(config.solver, phase))
+        validate_solver(f"curriculum[{index}]", solver_of_phase(config.solver, phase))
         if index:
             _require(
                 phase.start > phases[index - 1].start,
@@ -167,12 +192,19 @@ def _validate_curriculum(config: Config) -> None:
             )
 
 
-def _validate_inference(config: Config) -> None:
-    inference = config.inference
-    _require(inference.max_iterations >= 2, f"inference.max_iterations={inference.max_iterations} must be at least 2: "
-             "one solver pass and the output pass")  # fmt: skip
-    _require(inference.tolerance >= 0, f"inference.tolerance={inference.tolerance} must not be negative")
-    _require(0 < inference.damping <= 1, f"inference.damping={inference.damping} must lie in (0, 1]")
+def validate_inference(section: str, inference: InferenceConfig) -> None:
+    """Checks an inference section, of the configuration or of a call.
+
+    Raises:
+        ConfigError: the first impossible value.
+    """
+    _one_of(section, inference, "stop")
+    _require(
+        inference.max_iterations >= 2,
+        f"{section}.max_iterations={inference.max_iterations} must be at least 2: one solver pass and the output pass",
+    )
+    _require(inference.tolerance >= 0, f"{section}.tolerance={inference.tolerance} must not be negative")
+    _require(0 < inference.damping <= 1, f"{section}.damping={inference.damping} must lie in (0, 1]")
 
 
 def _validate_data(config: Config) -> None:
@@ -201,9 +233,14 @@ def _validate_training(config: Config) -> None:
         for name in names:
             value = getattr(values, name)
             _require(value >= 0, f"{section}.{name}={value} must not be negative")
+    if train.stop_after_steps is not None:
+        _positive("train", train, "stop_after_steps")
     _positive("checkpoint", config.checkpoint, "keep_last")
     _positive("telemetry", config.telemetry, "console_every")
-    _fraction("schedule.warmup_fraction", schedule.warmup_fraction)
+    _require(
+        0 <= schedule.warmup_fraction < 1,
+        f"schedule.warmup_fraction={schedule.warmup_fraction} must lie in [0, 1): some step must reach the peak",
+    )
     _fraction("schedule.decay_fraction", schedule.decay_fraction)
     _require(
         schedule.warmup_fraction + schedule.decay_fraction <= 1.0,
@@ -214,7 +251,11 @@ def _validate_training(config: Config) -> None:
 
 def _validate_debug(config: Config) -> None:
     if config.debug.inject is not None:
-        parse_fault(config.debug.inject)
+        kind, _, _ = parse_fault(config.debug.inject)
+        _require(
+            config.implicit or kind != "nonfinite_iterate",
+            f"debug.inject={config.debug.inject} needs an implicit model: {config.model.family} has no iterate",
+        )
 
 
 FAULTS = ("nonfinite_iterate", "crash")

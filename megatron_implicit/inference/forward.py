@@ -33,9 +33,10 @@ def evaluate_sequence(model: nn.Module, input_ids: Tensor) -> ModelOutput:
         model: as ``build_model`` returns it.
         input_ids: [b, s] int64.
     """
-    embedding = model.embedding(input_ids, None)
-    z = model.decoder(embedding, rotary_pos_emb=_rotary(model, 0, input_ids.shape[1]))
-    return _output(model, z, model.decoder.trace)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+        embedding = model.embedding(input_ids, None)
+        z = model.decoder(embedding, rotary_pos_emb=_rotary(model, 0, input_ids.shape[1]))
+        return _output(model, z, model.decoder.trace)
 
 
 @torch.no_grad()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_implicit.ops.precision import compute_dtype
 
@@ -24,10 +25,28 @@ def weight_norm(v: Tensor, g: Tensor, *, reduce: Optional[Callable[[Tensor], Ten
         W, shaped and typed as v; computed in float32 (float64 if v is). A row of zeros gives zeros.
     """
     dtype = compute_dtype(v)
-    values = v.to(dtype)
-    squares = values.flatten(1).square().sum(1)
+    squares = torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype).square()
     if reduce is not None:
         squares = reduce(squares)
     # A row that only pads a dimension may be zero: the bound keeps 0/0 out of it and out of its gradient.
-    scale = g.to(dtype) / squares.clamp_min(torch.finfo(dtype).tiny).sqrt()
-    return (values * scale.view(-1, *[1] * (v.dim() - 1))).to(v.dtype)
+    return _ScaledRows.apply(v, g.to(dtype) / squares.clamp_min(torch.finfo(dtype).tiny).sqrt())
+
+
+class _ScaledRows(torch.autograd.Function):
+    """v · scale by rows. Keeps v itself for the backward pass, where autograd would keep a float32 copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(v, scale)
+        return (v.to(scale.dtype) * _by_row(scale, v)).to(v.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        v, scale = ctx.saved_tensors
+        gradient = gradient.to(scale.dtype)
+        return (gradient * _by_row(scale, v)).to(v.dtype), (gradient * v.to(scale.dtype)).flatten(1).sum(1)
+
+
+def _by_row(scale: Tensor, v: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (v.dim() - 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from megatron_implicit.solver.residual import Reduce, Residual, relative_residua
 from megatron_implicit.solver.settings import SolveSettings
 from megatron_implicit.solver.trace import SolveTrace
 
-STAGNATION_PATIENCE = 4
-"""Evaluations without a new lowest residual after which a sample falls back to the smaller damping."""
+STAGNATION_PATIENCE, STAGNATION_PROGRESS = 4, 0.9
+"""A sample whose residual has not come below 0.9 of what it was, within 4 evaluations, falls back to the smaller
+damping and stays there: it may sit in a limit cycle, or creep."""
 
 
 class Step(enum.Enum):
@@ -37,6 +39,15 @@ class Decision:
     step: Step
     z: Tensor
     """[s, b, h] float32."""
+
+
+class _Answers(NamedTuple):
+    """What the host learns of one evaluation."""
+
+    all_improved: bool
+    all_active: bool
+    broken: bool
+    done: bool
 
 
 class FixedPointSolve:
@@ -62,6 +73,8 @@ class FixedPointSolve:
         self._active = torch.ones(batch, dtype=torch.bool, device=device)
         self._converged = torch.zeros(batch, dtype=torch.bool, device=device)
         self._broken_at = torch.zeros(batch, dtype=torch.long, device=device)  # 0: the iterate is finite
+        self._stalled = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._milestone, self._milestone_at = self._lowest, torch.zeros_like(self._broken_at)
         # Where the host sees the numbers anyway (a CPU, or a decision that is waited for) it may skip a selection.
         self._asking_is_free = settings.reads_host or device.type == "cpu"
         self._residuals: list[Tensor] = []
@@ -78,8 +91,8 @@ class FixedPointSolve:
         """Takes F(z) of the last decision's z and decides.
 
         Raises:
-            NonFiniteIterateError: a residual is NaN or infinite (noticed at the end of the solve when the number of
-                evaluations is fixed, so that the device need not be waited for).
+            NonFiniteIterateError: a residual is NaN or infinite. Where the number of evaluations is fixed the device is
+                not waited for, and ``trace().broken_at`` tells instead; it always does for passes with gradient.
         """
         if self._step is Step.PHANTOM:
             return self._update_with_gradient(image)
@@ -90,15 +103,16 @@ class FixedPointSolve:
     def trace(self) -> SolveTrace:
         """Statistics of the solve so far, on the device: reading them waits for it."""
         if not self._residuals:
-            batch = self._lowest.numel()
-            count = torch.full((batch,), self._phantom_count, dtype=torch.long)
-            return SolveTrace(count, count, torch.full((batch, 1), float("nan")), torch.zeros(batch, dtype=torch.bool))
+            count = torch.full_like(self._broken_at, self._phantom_count)
+            nothing = torch.full_like(self._lowest, float("nan")).unsqueeze(1)
+            return SolveTrace(count, count, nothing, self._converged, broken_at=self._broken_at)
         return SolveTrace(
             iterations=self._iterations,
             evaluations=self._evaluations,
             residuals=torch.stack(self._residuals, dim=1),
-            converged=self._converged,
+            converged=self._lowest < self.settings.tolerance if self.settings.accept == "best" else self._converged,
             token_residuals=self._last.token,
+            broken_at=self._broken_at,
         )
 
     # ---------------------------------------------------------------- the solve, without gradient
@@ -107,11 +121,25 @@ class FixedPointSolve:
         residual = relative_residual(image, self._z, self.settings, self._reduce)
         self._count += 1
         self._record(residual)
-        self._accept(image, residual.sample)
-        self._advance(image)
-        if self._count >= self.settings.max_iterations or self._all_converged():
+        improved = self._active & (residual.sample < self._lowest)
+        answers = self._ask(improved)
+        self._accept(image, residual.sample, improved, answers.all_improved)
+        self._advance(image, answers.all_active)
+        if answers.broken:
+            self._raise_non_finite()
+        if self.settings.stop == "sample":
+            self._active = self._active & ~self._converged
+        if self._count >= self.settings.max_iterations or (answers.done and self.settings.reads_host):
             return self._leave_solve()
         return Decision(Step.SOLVE, self._z)
+
+    def _ask(self, improved: Tensor) -> _Answers:
+        """The one place where a solve waits for the device: all questions of an evaluation at once."""
+        if not self._asking_is_free:
+            return _Answers(False, False, False, False)
+        waiting = self._active & ~self._converged if self.settings.stop == "sample" else ~self._converged
+        questions = (improved.all(), self._active.all(), self._broken_at.any(), ~waiting.any())
+        return _Answers(*torch.stack(questions).tolist())
 
     def _record(self, residual: Residual) -> None:
         sample = residual.sample
@@ -122,46 +150,34 @@ class FixedPointSolve:
         self._evaluations += self._active
         self._converged = torch.where(self._active, sample < self.settings.tolerance, self._converged)
 
-    def _accept(self, image: Tensor, sample: Tensor) -> None:
+    def _accept(self, image: Tensor, sample: Tensor, improved: Tensor, all_improved: bool) -> None:
         """Keeps each sample's lowest-residual image (training); in inference the last iterate counts."""
         if self.settings.accept == "last":
             self._iterations = torch.where(self._active, self._count, self._iterations)
             return
-        improved = self._active & (sample < self._lowest)
         self._lowest = torch.where(improved, sample, self._lowest)
         self._iterations = torch.where(improved, self._count, self._iterations)
-        if self._asking_is_free and bool(improved.all()):
-            self._best = image
-        else:
-            self._best = torch.where(improved[None, :, None], image, self._best)
+        self._best = image if all_improved else torch.where(improved[None, :, None], image, self._best)
 
-    def _advance(self, image: Tensor) -> None:
+    def _advance(self, image: Tensor, all_active: bool) -> None:
         """z <- damping * F(z) + (1 - damping) * z; frozen samples stay."""
         damping = self.settings.damping
         if self.settings.fallback_damping is not None:
-            stalled = self._count - self._iterations >= STAGNATION_PATIENCE
-            damping = torch.where(stalled, self.settings.fallback_damping, damping)[None, :, None]
+            progressed = self._lowest < STAGNATION_PROGRESS * self._milestone
+            self._milestone = torch.where(progressed, self._lowest, self._milestone)
+            self._milestone_at = torch.where(progressed, self._count, self._milestone_at)
+            self._stalled |= self._count - self._milestone_at >= STAGNATION_PATIENCE
+            damping = torch.where(self._stalled, self.settings.fallback_damping, damping)[None, :, None]
             proposal = damping * image + (1 - damping) * self._z
         else:
             proposal = image if damping == 1.0 else damping * image + (1 - damping) * self._z
-        if self.settings.stop == "sample" and not (self._asking_is_free and bool(self._active.all())):
+        if self.settings.stop == "sample" and not all_active:
             proposal = torch.where(self._active[None, :, None], proposal, self._z)
         self._z = proposal
-
-    def _all_converged(self) -> bool:
-        """Whether to stop; the one place where a data-dependent solve waits for the device."""
-        if not self.settings.reads_host:
-            return False
-        self._refuse_non_finite()
-        if self.settings.stop == "sample":
-            self._active = self._active & ~self._converged
-            return not bool(self._active.any())
-        return bool(self._converged.all())
 
     # ---------------------------------------------------------------- after the solve
 
     def _leave_solve(self) -> Decision:
-        self._refuse_non_finite()
         if self.settings.accept == "best":
             self._z = self._best
         self._best = None  # frees its memory before the passes with gradient
@@ -175,6 +191,9 @@ class FixedPointSolve:
         undamped = damping == 1.0 or (unrolled and self._phantom_count == 0)
         self._z = image if undamped else damping * image + (1 - damping) * self._z
         self._phantom_count += 1
+        finite = torch.isfinite(image.detach().sum(dim=(0, 2)))
+        broken = ~finite & (self._broken_at == 0)
+        self._broken_at = torch.where(broken, self._count + self._phantom_count, self._broken_at)
         passes = self.settings.max_iterations if unrolled else self.settings.phantom_steps
         return self._finish(self._z) if self._phantom_count >= passes else Decision(Step.PHANTOM, self._z)
 
@@ -182,8 +201,5 @@ class FixedPointSolve:
         self._z, self._step = z, Step.DONE
         return Decision(Step.DONE, z)
 
-    def _refuse_non_finite(self) -> None:
-        if bool(self._broken_at.any()):
-            first = int(self._broken_at[self._broken_at > 0].min())
-            samples = (self._broken_at == first).nonzero().flatten().tolist()
-            raise NonFiniteIterateError(evaluation=first, samples=samples)
+    def _raise_non_finite(self) -> None:
+        raise NonFiniteIterateError.of(self._broken_at)

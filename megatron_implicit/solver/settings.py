@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_implicit.config import InferenceConfig, SolverConfig
+from megatron_implicit.config.validate import validate_inference, validate_solver
 from megatron_implicit.errors import ConfigError
 
 
@@ -86,10 +87,15 @@ def override(section: Any, overrides: dict[str, Any]) -> Any:
     """A solver or inference section with some values replaced.
 
     Raises:
-        ConfigError: an override that the section does not have, by name.
+        ConfigError: an override that the section does not have, or an impossible value, by name.
     """
     known = vars(section)
     for name in overrides:
         if name not in known:
             raise ConfigError(f"solver override '{name}' is unknown: use one of {', '.join(known)}")
-    return replace(section, **overrides)
+    changed = replace(section, **overrides)
+    if isinstance(changed, SolverConfig):
+        validate_solver("solver", changed)
+    else:
+        validate_inference("inference", changed)
+    return changed

@@ -21,7 +21,9 @@ class SolveTrace:
     residuals: Tensor
     """Relative residual of every evaluation, [..., evaluations]; NaN after a sample has stopped."""
     converged: Tensor
-    """Whether the residual fell below the tolerance."""
+    """Whether the accepted residual is below the tolerance."""
+    broken_at: Tensor | None = None
+    """Pass, counted from 1 and passes with gradient included, in which a sample became NaN or infinite; 0: never."""
     token_residuals: Tensor | None = None
     """[s, b] residuals of single tokens at the last evaluation, for the tokens this rank holds."""
 
@@ -32,7 +34,7 @@ class SolveTrace:
         return self.residuals.gather(-1, index).squeeze(-1)
 
     def token_quantiles(self) -> dict[str, float]:
-        """Median, 90%, 99% and largest residual of single tokens at the last evaluation."""
+        """Median, 90%, 99% and largest residual of the tokens this rank holds, at the last evaluation."""
         if self.token_residuals is None:
             return {}
         values = torch.quantile(self.token_residuals.flatten().float().cpu(), torch.tensor(QUANTILES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -30,18 +30,20 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one rank. Parameters, gradients and optimizer state are exact; activations are what autograd saves in
-    one pass of F, traced on the meta device, times the passes with gradient, plus the head's."""
+    """Bytes of one rank. Parameters and gradients are exact; optimizer state is that of one replica; effective weights
+    and activations are what autograd keeps, traced on the meta device: activations of one pass of F times the passes
+    with gradient, plus the head's."""
 
     parameters: int
     gradients: int
     optimizer: int
+    weights: int
     activations: int
 
     @property
     def total(self) -> int:
         """All of it; allocator and communication buffers come on top."""
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.weights + self.activations
 
 
 def print_plan(config: Config) -> None:
@@ -57,8 +59,8 @@ def print_plan(config: Config) -> None:
     counts = count_parameters(model)
     console.print(_parameter_table(config, counts))
     with _buffers_on_meta():
-        pass_bytes = _saved_bytes_of_a_pass(config, model)
-    console.print(_phase_table(config, pass_bytes, counts))
+        kept = _kept_bytes(config, model)
+    console.print(_phase_table(config, kept, counts))
     console.print(_assumptions(config))
 
 
@@ -86,17 +88,16 @@ def _parameter_table(config: Config, counts: dict[str, ComponentCount]) -> Table
     return table
 
 
-def _phase_table(config: Config, pass_bytes: int, counts: dict[str, ComponentCount]) -> Table:
+def _phase_table(config: Config, kept: KeptBytes, counts: dict[str, ComponentCount]) -> Table:
     flops = model_flops(config)
     table = Table(title="memory of a rank (GiB) and model FLOPs of a token, by phase", title_justify="left")
     table.add_column("phase")
-    for name in ("parameters", "gradients", "optimizer", "activations", "total", "FLOPs/token", "FLOPs of the run"):
+    for name in ("parameters", "gradients", "optimizer", "weights", "activations", "total", "FLOPs/token", "FLOPs/run"):
         table.add_column(name, justify="right")
     for name, solver, share in _phases(config):
-        memory = memory_plan(config, counts, pass_bytes, solver)
+        memory = memory_plan(config, counts, kept, solver)
         cost = flops.of_phase(solver, config.implicit)
-        sizes = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.total)
-        row = [f"{size / GIB:.2f}" for size in sizes]
+        row = [f"{size / GIB:.2f}" for size in (*vars(memory).values(), memory.total)]
         table.add_row(name, *row, f"{cost:.3g}", f"{cost * share * config.train.tokens:.3g}")
     return table
 
@@ -117,58 +118,79 @@ def _phases(config: Config) -> Iterator[tuple[str, SolverConfig, float]]:
         yield f"{phase.name} ({passes})", solver, end - phase.start
 
 
-def memory_plan(config: Config, counts: dict[str, ComponentCount], pass_bytes: int, solver: SolverConfig) -> MemoryPlan:
+def memory_plan(config: Config, counts: dict[str, ComponentCount], kept: KeptBytes, solver: SolverConfig) -> MemoryPlan:
     """Bytes of one rank in a phase.
 
     Args:
         config: resolved.
         counts: of ``count_parameters``.
-        pass_bytes: what autograd keeps of one pass of F.
+        kept: for the backward pass.
         solver: of the phase.
     """
     local = sum(count.local for count in counts.values())
-    main_copies = local if config.train.precision == "bf16" else 0
-    passes = (
-        1 if not config.implicit else solver.max_iterations if solver.gradient == "unrolled" else solver.phantom_steps
-    )
+    low_precision = config.train.precision == "bf16"
+    passes = solver.max_iterations if solver.gradient == "unrolled" else solver.phantom_steps
     tokens = config.data.sequence_length * config.train.micro_batch_size
     # Logits in the parameters' precision, then exp(logits) and its gradient in fp32.
-    head = tokens * config.model.vocab_size // config.parallel.tensor * (2 * 4 + (2 if main_copies else 4))
+    head = tokens * config.model.vocab_size // config.parallel.tensor * (2 * 4 + (2 if low_precision else 4))
     return MemoryPlan(
         parameters=sum(count.local_bytes for count in counts.values()),
         gradients=4 * local,
-        optimizer=4 * (2 * local + main_copies),
-        activations=passes * pass_bytes + head,
+        optimizer=4 * local * (3 if low_precision else 2),
+        weights=kept.shared,
+        activations=(passes if config.implicit else 1) * kept.one_pass + head,
     )
 
 
-def _saved_bytes_of_a_pass(config: Config, model: torch.nn.Module) -> int:
-    """Bytes autograd keeps of one pass of F over a microbatch, without parameters; traced with shapes only."""
-    tokens = config.data.sequence_length // (config.parallel.tensor if config.parallel.sequence else 1)
-    shape = (tokens, config.train.micro_batch_size, config.model.hidden_size)
-    decoder = model.decoder
-    z = torch.zeros(shape, device="meta", requires_grad=True)
-    bound_pass = decoder.begin(z)
-    fixed = {id(t) for weight in bound_pass.weights.values() for t in weight if t is not None}
-    fixed |= {id(p) for p in model.parameters()}
-    sizes: dict[int, int] = {}
-    kept: list[torch.Tensor] = []
+@dataclass(frozen=True)
+class KeptBytes:
+    """What autograd keeps of a microbatch, without parameters."""
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        if id(base) not in fixed and id(base) not in sizes:
-            kept.append(base)
-            sizes[id(base)] = base.numel() * base.element_size()
+    shared: int
+    """Effective weights, injection and what their backward needs: once, however many passes."""
+    one_pass: int
+    """Of one pass of F."""
+
+
+class _Kept:
+    """Counts tensors by identity of their storage's owner; on the meta device there are no addresses."""
+
+    def __init__(self, known: Iterable[torch.Tensor], sequence_length: int) -> None:
+        self._scores = (sequence_length, sequence_length)
+        self._seen: dict[int, torch.Tensor] = {id(self._base(tensor)): tensor for tensor in known}
+        self.bytes = 0
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Counts a tensor that was not seen before; returns it, as a hook must."""
+        base = self._base(tensor)
+        # On the meta device attention is unfused and keeps its scores; flash attention does not.
+        if tensor.ndim > 2 and tuple(tensor.shape[-2:]) == self._scores:
+            return tensor
+        if id(base) not in self._seen:
+            self._seen[id(base)] = base
+            self.bytes += base.numel() * base.element_size()
         return tensor
 
-    rotary = (
-        torch.zeros(config.data.sequence_length, 1, 1, model.config.kv_channels, device="meta")
-        if config.architecture == "llama"
-        else None
-    )
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        decoder.evaluate(z, bound_pass, rotary)
-    return sum(sizes.values())
+    @staticmethod
+    def _base(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor._base is None else tensor._base
+
+
+def _kept_bytes(config: Config, model: torch.nn.Module) -> KeptBytes:
+    """Traces the start of a microbatch and one pass of F with shapes only."""
+    tokens = config.data.sequence_length // (config.parallel.tensor if config.parallel.sequence else 1)
+    z = torch.zeros(tokens, config.train.micro_batch_size, config.model.hidden_size, device="meta", requires_grad=True)
+    rotary = None
+    if config.architecture == "llama":
+        rotary = torch.zeros(config.data.sequence_length, 1, 1, model.config.kv_channels, device="meta")
+    kept = _Kept(model.parameters(), config.data.sequence_length)
+    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+        bound_pass = model.decoder.begin(z)
+        for weight in bound_pass.weights.values():
+            kept.add(weight.weight)
+        shared = kept.bytes
+        model.decoder.evaluate(z, bound_pass, rotary)
+    return KeptBytes(shared, kept.bytes - shared)
 
 
 @contextlib.contextmanager
@@ -193,6 +215,7 @@ def _assumptions(config: Config) -> str:
         f"layout: tensor {parallel.tensor}{', sequence parallel' if parallel.sequence else ''}, "
         f"recompute {parallel.recompute}, "
         f"{train.precision}, microbatch {train.micro_batch_size} x {config.data.sequence_length} tokens\n"
-        f"activations are traced with the torch versions of the kernels: fused ones keep less\n"
+        f"activations are traced with the torch version of the scan, and "
+        "without attention scores, which flash attention does not keep\n"
         f"FLOPs if every solve runs to its maximum; gradients fp32, AdamW moments and main parameters fp32{sharded}"
     )

@@ -78,7 +78,7 @@ def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         lr_decay_steps=steps,
         lr_decay_style="WSD",
         lr_wsd_decay_style="minus_sqrt",
-        wsd_decay_steps=max(1, round(config.schedule.decay_fraction * steps)),
+        wsd_decay_steps=round(config.schedule.decay_fraction * steps),
         start_wd=decay.weight_decay,
         end_wd=decay.weight_decay,
         wd_incr_steps=0,

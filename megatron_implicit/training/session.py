@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -21,7 +23,7 @@ from megatron_implicit.config import Config, load_config, save_config
 from megatron_implicit.config.load import peek_run_dir
 from megatron_implicit.config.validate import validate_world
 from megatron_implicit.device import current_platform
-from megatron_implicit.errors import CheckpointError
+from megatron_implicit.errors import CheckpointError, ConfigError, LaunchError
 from megatron_implicit.models import build_model
 from megatron_implicit.training.callbacks import (
     Callback,
@@ -35,7 +37,7 @@ from megatron_implicit.training.callbacks import (
 )
 from megatron_implicit.training.data import TrainingData, open_run_tokenizer
 from megatron_implicit.training.optimizer import TrainingParts, keeping_hyperparameters, prepare_training
-from megatron_implicit.training.trainer import Origin, Trainer
+from megatron_implicit.training.trainer import EVENTS_FILE, Origin, Trainer
 
 from megatron.core import parallel_state  # isort: skip
 
@@ -70,7 +72,7 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
         callbacks: None takes the standard ones.
 
     Raises:
-        ConfigError, DataError, CheckpointError: nothing has been written then.
+        ConfigError, DataError, CheckpointError: nothing of the run has been written then.
     """
     validate_world(config, place.world_size)
     tokenizer = open_run_tokenizer(config)
@@ -80,6 +82,7 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
     if saved is not None:
         (refuse_changes if resumed else refuse_other_model)(saved, config, str(source))
     start_process_group(place, config.parallel.timeout_minutes)
+    _refuse_disagreement(source)
     start_model_parallel(config.parallel, config.train.seed)
     data = TrainingData(
         config, tokenizer, parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
@@ -88,7 +91,8 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
     parts = prepare_training(config, build_model(config, initialise=source is None).to(device))
     state, origin = TrainingState(data_fingerprint=data.fingerprint), Origin("start", f"new run in {config.run.dir}")
     if source is not None:
-        state, origin = _restore(config, saved, source, parts, data, branch=resumed is None)
+        state, origin = _restore(config, source, parts, data, branch=resumed is None)
+    state.attempt = _next_attempt(config)
     _prepare_folder(config)
     trainer = Trainer(config, parts, data, state, origin, device, callbacks or standard_callbacks(config))
     trainer.restore_callbacks()
@@ -98,11 +102,36 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
 def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
-    return [*faults, Validation(), Metrics(), Events(), Console(), Checkpointing(), Plots()]
+    return [*faults, Validation(), Metrics(), Console(), Checkpointing(), Plots(), Events()]
+
+
+def _refuse_disagreement(source: Optional[Path]) -> None:
+    """Ranks look for the checkpoint on their own: on a shared file system one may see it later than another.
+
+    Raises:
+        LaunchError: they found different ones.
+    """
+    found: list[Optional[str]] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, str(source))
+    if len(set(found)) > 1:
+        raise LaunchError(f"ranks see different checkpoints ({', '.join(sorted(set(found)))}): start the job again")
+
+
+def _next_attempt(config: Config) -> int:
+    """How many jobs have already worked in the run's folder, by its events; read by rank 0."""
+    attempts = [-1]
+    events = Path(config.run.dir) / EVENTS_FILE
+    if dist.get_rank() == 0 and events.is_file():
+        for line in events.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+                attempts.append(int(json.loads(line)["attempt"]))
+    message = [max(attempts) + 1]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]
 
 
 def _restore(
-    config: Config, saved: Config, source: Path, parts: TrainingParts, data: TrainingData, *, branch: bool
+    config: Config, source: Path, parts: TrainingParts, data: TrainingData, *, branch: bool
 ) -> tuple[TrainingState, Origin]:
     state = TrainingState(**read_state(source))
     if state.data_fingerprint != data.fingerprint and not branch:
@@ -110,16 +139,30 @@ def _restore(
             f"data.path={config.data.path} does not hold the data {source} was trained on: point data.path to it, or "
             "branch with a new run.dir and checkpoint.load"
         )
+    if branch:
+        _refuse_short_branch(config, state, source)
     with keeping_hyperparameters(parts.optimizer):
         load_training_state(
             source, parts.model.module, parts.optimizer, parts.scheduler, same_layout=_same_layout(config, state)
         )
     state.data_fingerprint = data.fingerprint
     if branch:
-        state.attempt, state.parent, state.callbacks = 0, str(source), {}
+        state.parent, state.callbacks = str(source), {}
         return state, Origin("branch", f"from {source} at step {state.step}")
-    state.attempt += 1
     return state, Origin("resume", f"from {source.name}")
+
+
+def _refuse_short_branch(config: Config, state: TrainingState, source: Path) -> None:
+    """A branch goes on with the parent's step and sample counts: its own run must reach beyond them."""
+    train = config.train
+    if train.steps <= state.step:
+        raise ConfigError(f"train.steps={train.steps} must exceed step {state.step} of {source}: raise train.steps")
+    needed = state.consumed_samples + (train.steps - state.step) * train.global_batch_size
+    if needed > train.steps * train.global_batch_size:
+        raise ConfigError(
+            f"train.global_batch_size={train.global_batch_size} is smaller than that of {source}: {train.steps} "
+            f"steps do not cover the {state.consumed_samples} samples it has read: keep its batch size"
+        )
 
 
 def _same_layout(config: Config, state: TrainingState) -> bool:

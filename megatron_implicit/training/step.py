@@ -57,7 +57,7 @@ class StepRunner:
 
         Raises:
             NonFiniteIterateError: a solve diverged; names step and microbatch.
-            DivergedError: the loss is not finite.
+            DivergedError: the loss or the gradient norm is not finite.
         """
         parts, traces = self._parts, []
         parts.model.train()
@@ -79,21 +79,35 @@ class StepRunner:
             micro_batch_size=self._config.train.micro_batch_size,
             forward_only=False,
         )
-        loss = self._mean_over_replicas([report["loss"] for report in reports])
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"step {step}: the loss is {loss}; no update was made. Resume from an earlier checkpoint with a lower "
-                "optimizer.learning_rate"
-            )
+        loss = self._agreed_loss(step, [report["loss"] for report in reports], traces)
         parts.scheduler.step(1)
         _, grad_norm, _ = parts.optimizer.step()
+        if not math.isfinite(grad_norm or 0.0):
+            raise DivergedError(
+                f"step {step}: the gradient norm is {grad_norm}; the last checkpoint is intact. Resume from it with a "
+                "lower optimizer.learning_rate in a branch (a new run.dir and checkpoint.load)"
+            )
         return StepResult(loss, float(grad_norm or 0.0), parts.optimizer.param_groups[0]["lr"], traces)
 
-    @staticmethod
-    def _mean_over_replicas(losses: list[Tensor]) -> float:
-        mean = torch.stack(losses).mean()
-        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
-        return float(mean) / parallel_state.get_data_parallel_world_size()
+    def _agreed_loss(self, step: int, losses: list[Tensor], traces: list[SolveTrace]) -> float:
+        """The mean loss over all replicas; every replica raises if an iterate of any is not finite."""
+        broken = [trace.broken_at.max() if trace.broken_at is not None else losses[0].new_zeros(()) for trace in traces]
+        worst = torch.stack(broken)
+        sums = torch.stack((torch.stack(losses).mean(), (worst > 0).any().to(losses[0].dtype)))
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        total, replicas_broken = sums.tolist()
+        if replicas_broken:
+            for microbatch, trace in enumerate(traces):
+                if trace.broken_at is not None and bool(trace.broken_at.any()):
+                    raise NonFiniteIterateError.of(trace.broken_at).at(step, microbatch)
+            raise DivergedError(f"step {step}: the iterate of another replica is not finite: see its message")
+        loss = total / parallel_state.get_data_parallel_world_size()
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"step {step}: the loss is {loss}; no update was made. Branch off an earlier checkpoint with a lower "
+                "optimizer.learning_rate"
+            )
+        return loss
 
 
 def _token_losses(model: Any, batch: Batch, step: int, microbatch: int) -> Tensor:

@@ -25,6 +25,8 @@ from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.step import StepResult, StepRunner
 from megatron_implicit.training.validation import HeldOutLoss
 
+EVENTS_FILE = "events.jsonl"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -57,6 +59,7 @@ class Trainer:
         data: batches of this replica.
         state: where the run stands.
         origin: how this job began.
+        device: where the model is.
         callbacks: in the order their hooks run.
     """
 
@@ -93,13 +96,18 @@ class Trainer:
         Raises:
             MegatronImplicitError: the run cannot go on; the message says why and what to do.
         """
-        for callback in self.callbacks:
-            callback.on_start(self)
-        batches = self.data.training_batches(self.state.consumed_samples)
-        while self.state.step < self.last_step:
-            record = self._run_step(batches)
+        try:
             for callback in self.callbacks:
-                callback.after_step(self, record)
+                callback.on_start(self)
+            batches = self.data.training_batches(self.state.consumed_samples)
+            while self.state.step < self.last_step:
+                record = self._run_step(batches)
+                for callback in self.callbacks:
+                    callback.after_step(self, record)
+        except BaseException as error:
+            for callback in self.callbacks:
+                callback.on_failure(self, error)
+            raise
         for callback in self.callbacks:
             callback.on_end(self)
 
@@ -134,14 +142,17 @@ class Trainer:
         self.initial_validation = loss
 
     def event(self, kind: str, message: str) -> None:
-        """Appends a line to events.jsonl, by rank 0."""
-        if dist.get_rank() == 0:
-            line = {
-                "time": time.time(), "step": self.state.step, "attempt": self.state.attempt, "kind": kind,
-                "rank": 0, "message": message,
-            }  # fmt: skip
-            with open(self.run_dir / "events.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        """Appends a line to events.jsonl; the caller decides which rank speaks."""
+        line = {
+            "time": time.time(),
+            "step": self.state.step,
+            "attempt": self.state.attempt,
+            "kind": kind,
+            "rank": dist.get_rank(),
+            "message": message,
+        }
+        with open(self.run_dir / EVENTS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def summary(self) -> str:
         """What is about to run, in a few lines."""

@@ -80,6 +80,18 @@ REFUSED = [
     (["--train.tokens", "1e6"], "train.steps=500 and train.tokens=1e\\+06 .489 steps. disagree"),
     (["--optimizer.beta2", "1.0"], "optimizer.beta2=1.0 must lie in"),
     (["--debug.inject", "fire@3"], "debug.inject=fire@3 must be KIND@STEP"),
+    (["--parallel.tensor", "0"], "parallel.tensor=0 must be positive"),
+    (["--model.scan_chunk_size", "48"], "model.scan_chunk_size=48 must be a power of two"),
+    (["--train.stop_after_steps", "-3"], "train.stop_after_steps=-3 must be positive"),
+    (["--schedule.warmup_fraction", "1"], "some step must reach the peak"),
+    (
+        ["--model.family", "explicit_llama", "--model.num_heads", "4", "--debug.inject", "nonfinite_iterate@1"],
+        "needs an",
+    ),
+    (
+        ["--model.family", "explicit_mamba2", "--model.dropout", "0.1", "--parallel.recompute", "layer"],
+        "model.dropout=0.1 with parallel.recompute=layer is refused",
+    ),
     (["--config", "nowhere.yaml"], "--config nowhere.yaml: no such file"),
     ([*LLAMA, "--model.num_heads", "3"], "model.hidden_size=128 is not divisible by model.num_heads=3"),
     ([*LLAMA, "--parallel.tensor", "8"], "model.num_heads=4 is not divisible by parallel.tensor=8"),

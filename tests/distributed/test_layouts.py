@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -158,9 +159,17 @@ def test_a_checkpoint_continues_on_another_layout(
         assert trace.evaluations == expected.evaluations[HALF:]
 
 
-@pytest.mark.parametrize("layout", [SEQUENCE, SHARDED], ids=["TP2+SP", "DP2 distributed optimizer"])
+OWN_LAYOUTS = {
+    "TP2+SP": SEQUENCE,
+    "DP2 distributed optimizer": SHARDED,
+    "TP2+SP bf16": dataclasses.replace(SEQUENCE, precision="bf16"),
+    "DP2 bf16": traces.Layout(precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("layout", OWN_LAYOUTS.values(), ids=OWN_LAYOUTS)
 def test_a_checkpoint_continues_bit_for_bit_on_its_own_layout(pool, tmp_path, layout: traces.Layout) -> None:
-    family = "implicit_mamba2"
+    family = "implicit_llama" if layout.precision == "bf16" else "implicit_mamba2"
     whole = pool(2).run(train_whole, family, layout)
     pool(2).run(train_and_save, family, layout, str(tmp_path))
     for trace, uninterrupted in zip(pool(2).run(load_and_train, family, layout, str(tmp_path), True), whole):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -115,6 +116,17 @@ def test_a_diverging_solve_names_step_microbatch_and_evaluation(runs: Runs) -> N
     assert len(job.errors) == 1
     assert "step 5, microbatch 0, evaluation 1: the fixed-point iterate of sample 0" in job.errors[0]
     assert sorted(runs.metrics("diverged")) == [0, 1, 2, 3, 4]
+    last = json.loads((runs.folder / "diverged/events.jsonl").read_text().splitlines()[-1])
+    assert last["kind"] == "error" and "evaluation 1" in last["message"]
+
+
+def test_a_lost_pointer_to_the_latest_checkpoint(runs: Runs) -> None:
+    (runs.copy("whole", "lost") / "checkpoints" / "latest").unlink()
+    before = runs.contents("lost")
+    job = runs.start("lost")
+    assert job.code == 1
+    assert len(job.errors) == 1 and "holds checkpoints but no 'latest'" in job.errors[0]
+    assert runs.contents("lost") == before
 
 
 def test_unknown_keys_and_files(runs: Runs) -> None:

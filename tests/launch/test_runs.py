@@ -12,7 +12,8 @@ from tests.launch.conftest import Runs
 METRICS = {
     "step", "time", "attempt", "tokens", "loss", "grad_norm", "learning_rate", "phase", "iterations_mean",
     "iterations_max", "evaluations_mean", "evaluations_max", "residual_mean", "residual_max",
-    "unconverged_fraction", "step_time_s", "tokens_per_s", "model_flops_per_s", "mfu", "memory_bytes",
+    "unconverged_fraction",
+    "evaluations_skew", "token_residual_p99", "step_time_s", "tokens_per_s", "model_flops_per_s", "mfu", "memory_bytes",
 }  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def test_a_run_writes_its_folder(runs: Runs) -> None:
     assert metrics[8]["evaluations_max"] <= 12
     assert metrics[8]["loss"] < metrics[1]["loss"]
     events = [json.loads(line)["kind"] for line in (runs.folder / "whole/events.jsonl").read_text().splitlines()]
-    assert events[0] == "start" and "phase" in events and events[-1] == "checkpoint"
+    assert events[0] == "start" and "phase" in events and events[-2:] == ["checkpoint", "finish"]
     assert sorted(p.name for p in (runs.folder / "whole/checkpoints").glob("step_*")) == [
         "step_00000006",
         "step_00000008",
@@ -46,11 +47,12 @@ def test_a_stopped_run_resumes_bit_for_bit(runs: Runs) -> None:
     assert runs.metrics("stopped")[8]["attempt"] == 1
 
 
-def test_a_crashed_run_resumes_bit_for_bit_from_its_last_checkpoint(runs: Runs) -> None:
+def test_a_run_that_crashes_twice_resumes_bit_for_bit_from_its_last_checkpoint(runs: Runs) -> None:
+    assert runs.start("crashed", "--debug.inject", "crash@2").code != 0
     assert runs.start("crashed", "--debug.inject", "crash@6").code != 0
     assert runs.start("crashed").code == 0
     assert runs.losses("crashed") == runs.losses("whole")
-    assert [runs.metrics("crashed")[step]["attempt"] for step in (3, 4, 8)] == [0, 1, 1]
+    assert [runs.metrics("crashed")[step]["attempt"] for step in (0, 1, 3, 4, 8)] == [1, 1, 1, 2, 2]
 
 
 def test_a_run_resumes_on_two_tensor_ranks(runs: Runs) -> None:
@@ -95,6 +97,19 @@ def test_a_branch_takes_the_weights_and_its_own_configuration(runs: Runs) -> Non
     assert event["kind"] == "branch" and "step_00000006" in event["message"]
     state = json.loads((runs.folder / "branch/checkpoints/step_00000008/state.json").read_text())
     assert state["parent"].endswith("step_00000006")
+
+
+def test_a_branch_that_cannot_go_on_is_refused(runs: Runs) -> None:
+    job = runs.start("too_short", "--checkpoint.load", str(runs.folder / "whole"))
+    assert job.code == 2
+    assert len(job.errors) == 1 and "train.steps=8 must exceed step 8" in job.errors[0]
+    job = runs.start(
+        "smaller", "--checkpoint.load", str(runs.folder / "whole/checkpoints/step_00000006"),
+        "--train.global_batch_size", "2",
+    )  # fmt: skip
+    assert job.code == 2
+    assert len(job.errors) == 1 and "train.global_batch_size=2 is smaller" in job.errors[0]
+    assert not (runs.folder / "too_short").exists() and not (runs.folder / "smaller").exists()
 
 
 def test_the_saved_configuration_is_resolved(runs: Runs) -> None:

@@ -100,6 +100,27 @@ def test_falls_back_to_the_smaller_damping_in_a_limit_cycle() -> None:
     assert trace.evaluations[0] < 20
 
 
+def test_a_sample_that_has_fallen_back_stays_there() -> None:
+    """F(z) = 1 - 0.999 z: undamped it creeps, and damped steps only help if they follow one another."""
+    settings = replace(TRAINING, tolerance=1e-3, max_iterations=60, fallback_damping=0.8)
+    _, trace = solve(settings, affine([-0.999, 0.5, 0.5]))
+    assert trace.converged.all()
+    assert trace.evaluations[0] < 30
+
+
+def test_convergence_is_that_of_the_accepted_iterate() -> None:
+    """The best residual counts, not the last: sample 1 is left by its companion's further evaluations."""
+    visits = iter(range(100))
+
+    def function(z: Tensor, step: Step) -> Tensor:
+        k = next(visits)
+        restless = [1.0, 1.0, 3.0, 7.0][k] if k < 4 else 7.0
+        return torch.stack((torch.full((5, 4), 2.0**k), torch.full((5, 4), restless)), dim=1)
+
+    _, trace = solve(replace(TRAINING, max_iterations=4), function, (5, 2, 4))
+    assert trace.converged.tolist() == [False, True]
+
+
 def test_solver_damping_and_phantom_damping_are_separate() -> None:
     iterates = []
     settings = replace(TRAINING, tolerance=0.0, max_iterations=2, damping=0.5, phantom_damping=0.25, phantom_steps=1)
@@ -180,6 +201,17 @@ def test_an_iterate_that_is_not_finite_is_named(tolerance: float) -> None:
     with pytest.raises(NonFiniteIterateError, match="evaluation 3: the fixed-point iterate of sample 1") as caught:
         solve(replace(TRAINING, tolerance=tolerance, max_iterations=6), function)
     assert "step 7, microbatch 2, evaluation 3" in str(caught.value.at(7, 2))
+
+
+def test_a_pass_with_gradient_that_is_not_finite_is_in_the_trace() -> None:
+    def function(z: Tensor, step: Step) -> Tensor:
+        image = torch.ones_like(z)
+        if step is Step.PHANTOM:
+            image[0, 2, 0] = float("nan")
+        return image
+
+    _, trace = solve(replace(TRAINING, tolerance=0.0, max_iterations=4), function)
+    assert trace.broken_at.tolist() == [0, 0, 5]
 
 
 def test_token_quantiles_tell_the_restless_token() -> None:

@@ -20,6 +20,9 @@ class Callback:
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         """After a step, with its record, which earlier callbacks may have completed."""
 
+    def on_failure(self, trainer: "Trainer", error: BaseException) -> None:
+        """When the job cannot go on, before its ranks leave; no collectives, other ranks may be gone."""
+
     def on_end(self, trainer: "Trainer") -> None:
         """After the last step of this job."""
 

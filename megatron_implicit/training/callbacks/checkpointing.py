@@ -35,6 +35,6 @@ class Checkpointing(Callback):
             self._folder, trainer.config, trainer.saved_state(), trainer.model, parts.optimizer, parts.scheduler
         )
         self._saved_step = trainer.state.step
-        trainer.event("checkpoint", str(folder))
         if dist.get_rank() == 0:
+            trainer.event("checkpoint", str(folder))
             self._folder.prune(trainer.config.checkpoint.keep_last, trainer.config.checkpoint.keep_every)

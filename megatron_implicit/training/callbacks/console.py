@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 class Console(Callback):
     """Rank 0 prints what matters of a step: loss, evaluations, residual, throughput."""
 
-    def on_start(self, trainer: "Trainer") -> None:
+    def __init__(self) -> None:
         self._bar: Progress | None = None
+
+    def on_start(self, trainer: "Trainer") -> None:
         if dist.get_rank() != 0:
             return
         self._terminal = Terminal(highlight=False, soft_wrap=True)
@@ -48,8 +50,11 @@ class Console(Callback):
         if record.step % trainer.config.telemetry.console_every == 0 or record.validation is not None or last:
             self._terminal.print(step_line(record.metrics, trainer.config.train.steps))
 
+    def on_failure(self, trainer: "Trainer", error: BaseException) -> None:
+        self.on_end(trainer)
+
     def on_end(self, trainer: "Trainer") -> None:
-        if dist.get_rank() == 0 and self._bar:
+        if self._bar:
             self._bar.stop()
 
 
@@ -59,9 +64,9 @@ def step_line(metrics: dict[str, Any], steps: int) -> str:
     parts = [f"step {metrics['step']:>{width}}/{steps}", metrics["phase"], f"loss {metrics['loss']:.4f}"]
     if "validation_loss" in metrics:
         parts.append(f"held-out {metrics['validation_loss']:.4f}")
-    if "evaluations_mean" in metrics:
+    if metrics["evaluations_mean"] is not None:
         parts.append(f"evaluations {metrics['evaluations_mean']:.1f}")
-    if metrics.get("residual_mean") is not None:
+    if metrics["residual_mean"] is not None:
         parts.append(f"residual {metrics['residual_mean']:.3g}")
     parts += [f"grad {metrics['grad_norm']:.2f}", f"lr {metrics['learning_rate']:.2e}"]
     parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
+from megatron_implicit.errors import MegatronImplicitError
 from megatron_implicit.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -11,18 +14,26 @@ if TYPE_CHECKING:
 
 
 class Events(Callback):
-    """Writes starts, resumes, branches, phase changes and the end of a job."""
+    """Writes starts, resumes, branches, phase changes, errors and the end of a job. Runs last."""
 
     def on_start(self, trainer: "Trainer") -> None:
         self._phase = trainer.next_phase.name
-        trainer.event(trainer.origin.kind, trainer.origin.message)
+        self._speaks = dist.get_rank() == 0
+        if self._speaks:
+            trainer.event(trainer.origin.kind, trainer.origin.message)
 
     def before_step(self, trainer: "Trainer", step: int) -> None:
         phase = trainer.next_phase.name
-        if phase != self._phase:
+        if self._speaks and phase != self._phase:
             trainer.event("phase", f"{self._phase} -> {phase}")
-            self._phase = phase
+        self._phase = phase
+
+    def on_failure(self, trainer: "Trainer", error: BaseException) -> None:
+        """Rank 0 reports any end; another rank only what it alone may know."""
+        if dist.get_rank() == 0 or isinstance(error, MegatronImplicitError):
+            trainer.event("error", f"{type(error).__name__}: {error}")
 
     def on_end(self, trainer: "Trainer") -> None:
         done = trainer.state.step >= trainer.config.train.steps
-        trainer.event("finish" if done else "stop", f"step {trainer.state.step} of {trainer.config.train.steps}")
+        if self._speaks:
+            trainer.event("finish" if done else "stop", f"step {trainer.state.step} of {trainer.config.train.steps}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Faults(Callback):
-    """Before the given step, on the given rank: poisons the injection's bias, or dies without a word."""
+    """Before the given step, on the given rank: poisons the injection's first weight, or dies without a word."""
 
     def __init__(self, inject: str) -> None:
         self._kind, self._step, self._rank = parse_fault(inject)

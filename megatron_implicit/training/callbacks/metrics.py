@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_implicit.config import SolverConfig
 from megatron_implicit.device import current_platform
-from megatron_implicit.solver import SolveTrace
 from megatron_implicit.telemetry.flops import model_flops, peak_flops
 from megatron_implicit.telemetry.metrics_file import MetricsWriter
 from megatron_implicit.training.callbacks.base import Callback
-
-from megatron.core import parallel_state  # isort: skip
+from megatron_implicit.training.solver_statistics import FIELDS, solver_statistics
 
 if TYPE_CHECKING:
     from megatron_implicit.training.trainer import StepRecord, Trainer
@@ -38,7 +35,9 @@ class Metrics(Callback):
         config = trainer.config
         tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         solver = record.phase.solver
-        statistics = _solver_statistics(record.result.traces, solver, trainer.device) if config.implicit else {}
+        statistics = dict.fromkeys(FIELDS)
+        if config.implicit:
+            statistics = solver_statistics(record.result.traces, solver, trainer.device)
         flops = self._step_flops(trainer, statistics, solver) * tokens_per_step / dist.get_world_size()
         record.metrics = {
             "step": record.step,
@@ -69,33 +68,3 @@ class Metrics(Callback):
         if not trainer.config.implicit or solver.gradient == "unrolled":
             return self._flops.of_phase(solver, trainer.config.implicit)
         return self._flops.training(statistics["evaluations_mean"], solver.phantom_steps)
-
-
-def _solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: torch.device) -> dict[str, float | None]:
-    """Means and maxima over all samples of all replicas; without a tolerance nothing can be unconverged."""
-    group = parallel_state.get_data_parallel_group()
-    iterations = torch.cat([trace.iterations for trace in traces]).double()
-    evaluations = torch.cat([trace.evaluations for trace in traces]).double()
-    residuals = torch.cat([trace.accepted_residuals for trace in traces]).double()
-    unconverged = torch.cat([~trace.converged for trace in traces]).double()
-    values = torch.stack((iterations, evaluations, residuals, unconverged)).to(device)
-    sums = torch.cat((values.sum(dim=1), torch.full((1,), values.shape[1], dtype=torch.float64, device=device)))
-    peaks = values.amax(dim=1)
-    dist.all_reduce(sums, group=group)
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=group)
-    means = (sums[:4] / sums[4]).tolist()
-    highest = peaks.tolist()
-    return {
-        "iterations_mean": means[0],
-        "iterations_max": highest[0],
-        "evaluations_mean": means[1],
-        "evaluations_max": highest[1],
-        "residual_mean": _number(means[2]),
-        "residual_max": _number(highest[2]),
-        "unconverged_fraction": means[3] if solver.tolerance > 0 else None,
-    }
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN (an unrolled phase has no residuals)."""
-    return None if value != value else value

@@ -1,0 +1,82 @@
+"""Solver statistics of a step, over all replicas, as metrics.jsonl has them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_implicit.config import SolverConfig
+from megatron_implicit.solver import SolveTrace
+from megatron_implicit.solver.trace import QUANTILES
+
+from megatron.core import parallel_state  # isort: skip
+
+FIELDS = (
+    "iterations_mean", "iterations_max", "evaluations_mean", "evaluations_max", "evaluations_skew",
+    "residual_mean", "residual_max", *(f"token_residual_p{round(100 * q)}" for q in QUANTILES), "unconverged_fraction",
+)  # fmt: skip
+"""Names of the statistics; all null in explicit models."""
+
+
+def solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: torch.device) -> dict[str, float | None]:
+    """Statistics of a step; every rank must call it.
+
+    Args:
+        traces: of this replica's microbatches.
+        solver: of the phase; without a tolerance nothing can be unconverged, and an unrolled phase has no residuals.
+        device: of the collectives.
+
+    Returns:
+        by FIELDS: means and maxima over all samples of all replicas; ``evaluations_skew``, by how much the replicas'
+        mean evaluations differ; quantiles over the tokens this rank holds.
+    """
+    values = torch.stack(
+        [
+            torch.cat([trace.iterations for trace in traces]).double(),
+            torch.cat([trace.evaluations for trace in traces]).double(),
+            torch.cat([trace.accepted_residuals for trace in traces]).double(),
+            torch.cat([~trace.converged for trace in traces]).double(),
+        ]
+    ).to(device)
+    own_means, peaks = values.mean(dim=1), values.amax(dim=1)
+    means, highest, skew = _over_replicas(own_means, peaks)
+    quantiles = _token_quantiles(traces)
+    statistics = {
+        "iterations_mean": means[0],
+        "iterations_max": highest[0],
+        "evaluations_mean": means[1],
+        "evaluations_max": highest[1],
+        "evaluations_skew": skew,
+        "residual_mean": means[2],
+        "residual_max": highest[2],
+        **{f"token_residual_p{round(100 * q)}": value for q, value in zip(QUANTILES, quantiles)},
+        "unconverged_fraction": means[3] if solver.tolerance > 0 else None,
+    }
+    return {name: _number(value) for name, value in statistics.items()}
+
+
+def _over_replicas(own_means: Tensor, peaks: Tensor) -> tuple[list[float], list[float], float]:
+    """(means, maxima, spread of the mean evaluations); replicas have equally many samples."""
+    group = parallel_state.get_data_parallel_group()
+    lowest = torch.stack((own_means[1], -own_means[1]))
+    means = own_means.clone()
+    dist.all_reduce(means, group=group)
+    peaks = torch.cat((peaks, lowest))
+    dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=group)
+    *highest, largest, negative_smallest = peaks.tolist()
+    return (means / group.size()).tolist(), highest, largest + negative_smallest
+
+
+def _token_quantiles(traces: list[SolveTrace]) -> list[float]:
+    tokens = [trace.token_residuals.flatten() for trace in traces if trace.token_residuals is not None]
+    if not tokens:
+        return [float("nan")] * len(QUANTILES)
+    ordered = torch.cat(tokens).sort().values  # torch.quantile refuses more than 16 million values
+    places = [round(q * (len(ordered) - 1)) for q in QUANTILES]
+    return ordered[places].tolist()
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return None if value is None or value != value else value
