@@ -3,8 +3,8 @@
     python tools/inspect_data.py data/pile
     python tools/inspect_data.py launch/blend.yaml --samples 5 --plot blend.png
 
-Prints counts, lengths, shares, what preparing left out, how much of the vocabulary occurs, and random documents, decoded;
-draws a histogram of lengths. Nothing is written but the plot.
+Prints counts, lengths, shares, what preparing left out, how much of the vocabulary occurs, and random documents,
+decoded; draws a histogram of lengths. Nothing is written but the plot.
 """
 
 from __future__ import annotations
@@ -99,10 +99,8 @@ def _print_counts(console: Console, datasets: list[Inspected]) -> None:
 
 
 def _print_coverage(console: Console, coverage: Coverage, tokenizer: Tokenizer) -> None:
-    share = coverage.used / coverage.vocab_size
-    console.print(
-        f"vocabulary: {coverage.used:,} of {coverage.vocab_size:,} ids ({share:.1%}) occur in {coverage.tokens:,} tokens"
-    )
+    used = f"{coverage.used:,} of {coverage.vocab_size:,} ids ({coverage.used / coverage.vocab_size:.1%})"
+    console.print(f"vocabulary: {used} occur in {coverage.tokens:,} tokens")
     words = ", ".join(f"{tokenizer.decode([i])!r} {part:.1%}" for i, part in coverage.most_frequent)
     console.print(f"most frequent: {words}", markup=False)
 

@@ -114,7 +114,8 @@ def _say(name: str, manifests: list[Manifest], written: int, seconds: float) -> 
     if not written:
         print(f"{name}: exists, up to date ({counts})")
     else:
-        print(f"{name}: {counts} from {sum(each.text_bytes for each in manifests) / 1e6:.1f} MB of text in {seconds:.1f} s")
+        megabytes = sum(each.text_bytes for each in manifests) / 1e6
+        print(f"{name}: {counts} from {megabytes:.1f} MB of text in {seconds:.1f} s")
     for manifest in manifests:
         for reason, count in manifest.skipped.items():
             print(f"{', '.join(source.name for source in manifest.sources)}: {count:,} left out: {reason}")

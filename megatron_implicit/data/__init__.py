@@ -3,8 +3,8 @@
 Making datasets:
 
 - ``corpus``, ``formats``: documents from .jsonl, .jsonl.zst, .jsonl.gz, .parquet and .txt files
-- ``tokenizers``: the ``Tokenizer`` protocol, ``load_tokenizer``, ``train_sentencepiece``; ``byte_bpe``: a fast exact path
-- ``indexed``, ``index_file``, ``manifest``, ``publishing``: NAME.bin, NAME.idx and NAME.json, written durably and opened
+- ``tokenizers``: the ``Tokenizer`` protocol, ``load_tokenizer``, ``train_sentencepiece``; ``byte_bpe``: a fast path
+- ``indexed``, ``index_file``, ``manifest``, ``publishing``: NAME.bin, NAME.idx, NAME.json, written durably and opened
 - ``preparation``: corpus files to datasets; ``shards``, ``workers``, ``team``: its work, processes and MPI ranks;
   ``progress``, ``merging``, ``summary``, ``verification``
 

@@ -96,8 +96,9 @@ class DataBenchmark:
 
 
 def _repeated(sources: Sequence[Path]) -> Iterator[str]:
+    texts = [path.read_text("utf-8") for path in sources] if sources[0].suffix == ".py" else [*CorpusReader(sources)]
     while True:
-        yield from CorpusReader(sources) if sources[0].suffix != ".py" else (path.read_text("utf-8") for path in sources)
+        yield from texts
 
 
 def _library() -> list[Path]:

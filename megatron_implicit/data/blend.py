@@ -4,9 +4,9 @@
       pile:  {path: data/pile, epochs: 1}
       code:  {path: data/code, epochs: 2, split: [1.0, 0.0, 0.0]}
 
-A dataset is a prefix or a folder (of shards), its path relative to the YAML file. It is drawn from by its ``weight``, or
-without weights by its tokens times ``epochs``. ``epochs`` is also the most often that training goes through its documents
-(without it: as often as needed). ``split`` replaces ``data.split`` for one dataset.
+A dataset is a prefix or a folder (of shards), its path relative to the YAML file. It is drawn from by its ``weight``,
+or without weights by its tokens times ``epochs``. ``epochs`` is also the most often that training goes through its
+documents (without it: as often as needed). ``split`` replaces ``data.split`` for one dataset.
 """
 
 from __future__ import annotations

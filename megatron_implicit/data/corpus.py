@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +140,7 @@ class SourceReader:
                 pass
 
     def _records(self, file: BinaryIO) -> Iterator[_Record]:
-        """Raw records, numbered in ``line``; blank lines are passed over. Raises _Unusable where the file is damaged."""
+        """Raw records, numbered in ``line``, without blank lines. Raises _Unusable where the file is damaged."""
         try:
             if self.path.name.endswith(".txt"):
                 yield b"".join(self._blocks(file))

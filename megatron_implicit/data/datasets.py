@@ -161,7 +161,8 @@ class _Opening:
         parts = []
         for entry, datasets in self._datasets:
             tokens = [dataset.tokens(self._cache)[number] for dataset in datasets]
-            usable = [(dataset, count) for dataset, count in zip(datasets, tokens) if count > self._data.sequence_length]
+            pairs = zip(datasets, tokens)
+            usable = [(dataset, count) for dataset, count in pairs if count > self._data.sequence_length]
             total = sum(count for _, count in usable)
             weight = total * (entry.epochs or 1) if entry.weight is None else entry.weight
             parts += [_Part(entry, dataset, count, weight * count / total) for dataset, count in usable]

@@ -1,4 +1,4 @@
-"""Several indexed datasets as one, document after document: the bytes that preparing all their sources at once gives."""
+"""Several indexed datasets as one, document after document: the bytes that preparing all their sources gives."""
 
 from __future__ import annotations
 

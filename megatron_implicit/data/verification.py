@@ -52,7 +52,7 @@ def all_prefixes(path: PathLike) -> list[str]:
 
 
 def verify_dataset(prefix: PathLike) -> Verification:
-    """Re-reads .bin and .idx of one dataset: checksums, counts, ends of documents, ids within the vocabulary, offsets."""
+    """Re-reads .bin and .idx of one dataset: checksums, counts, ends of documents, ids, offsets."""
     try:
         manifest = read_manifest(prefix)
     except DataError as error:
@@ -76,7 +76,8 @@ def verify_sources(prefixes: Sequence[PathLike], sources: Sequence[Path]) -> lis
     known: dict[str, Source] = {}
     for prefix in prefixes:
         known |= {source.name: source for source in read_manifest(prefix).sources}
-    problems = [f"{name} is in a manifest but not among the inputs" for name in known.keys() - {p.name for p in sources}]
+    absent = sorted(known.keys() - {path.name for path in sources})
+    problems = [f"{name} is in a manifest but not among the inputs" for name in absent]
     for path in sources:
         if path.name not in known:
             problems.append(f"{path} is in no manifest: it has not been prepared")

@@ -84,7 +84,7 @@ def random_texts(count: int, alphabet: list[str], longest: int, seed: int) -> It
         yield "".join(rng.choices(alphabet, k=rng.randint(1, longest)))
 
 
-NEAR_BOUNDARIES = list(" \n\t\r'sdlmvert1a!\x00\x1c\x85\u00a0\u2028\u3000\u0301\u00e9\u00b2\u0416\u4e2d\U0001f600") + ["  "]
+NEAR_BOUNDARIES = [*" \n\t\r'sdlmvert1a!\x00\x1c\x85\u00a0\u2028\u3000\u0301\u00e9\u00b2\u0416\u4e2d\U0001f600", "  "]
 
 
 def test_natural_text_code_and_scripts_of_the_world(pair: Pair, texts: list[str]) -> None:

@@ -37,7 +37,8 @@ def test_a_folder_is_counted_sampled_and_drawn(work: Any, prepared: Path) -> Non
 
 
 def test_a_blend_shows_each_dataset_and_its_share(work: Any, prepared: Path) -> None:
-    done = work.run("inspect_data", "blend.yaml", "--samples", 1, "--plot", "out/blend.png", "--tokenizer", "tokenizer.model")
+    options = ("--samples", 1, "--plot", "out/blend.png", "--tokenizer", "tokenizer.model")
+    done = work.run("inspect_data", "blend.yaml", *options)
     assert done.returncode == 0, done.stderr
     sizes = [3 * read_manifest(prepared / "d" / "devil").tokens, read_manifest(prepared / "d" / "jargon").tokens]
     for size in sizes:
