@@ -44,20 +44,36 @@ def start_process_group(place: Place, timeout_minutes: float = 10.0) -> None:
 
 
 def start_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
-    """Builds Megatron-Core's groups for a layout and seeds its RNG tracker, replacing an earlier layout."""
+    """Builds Megatron-Core's groups for a layout, replacing another one, and seeds its RNG tracker.
+
+    Groups of the same layout are used again: Gloo keeps a thread for each group it ever made.
+    """
     prepare_megatron()
     from megatron.core import parallel_state, tensor_parallel
 
-    if parallel_state.model_parallel_is_initialized():
+    wanted = (parallel.tensor, parallel.pipeline, parallel.context)
+    if parallel_state.model_parallel_is_initialized() and _current_layout() != wanted:
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        context_parallel_size=parallel.context,
-        distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
-    )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
+
+
+def _current_layout() -> tuple[int, int, int]:
+    """(tensor, pipeline, context) of the groups that exist."""
+    from megatron.core import parallel_state
+
+    return (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+    )
 
 
 def stop_process_group() -> None:

@@ -39,6 +39,10 @@ START_TIMEOUT = 120.0
 GRACE = 5.0
 """Seconds the other ranks get to end by themselves once one has failed."""
 
+LIFETIME = 8
+"""Jobs that a set of processes runs before it is replaced: Gloo's threads outlive their groups and keep polling, and
+after some dozens of jobs take most of the processor."""
+
 LEAVE = b"leave"
 """The message that ends a job on a worker."""
 
@@ -116,6 +120,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._folder = tempfile.TemporaryDirectory(prefix="megatron_implicit-pool-")
         self._jobs = 0
+        self._jobs_of_workers = 0
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -148,7 +153,8 @@ class WorkerPool:
         if stuck:
             words = "still running when another rank failed" if errors else "did not finish in time"
             errors |= self._describe_stuck(stuck, words)
-        if stuck or not self._leave_job():
+        self._jobs_of_workers += 1
+        if stuck or not self._leave_job() or self._jobs_of_workers >= LIFETIME:
             self.close()
         if errors:
             what = f"{function.__qualname__} failed on {len(errors)} of {self.world_size} ranks"
@@ -159,7 +165,7 @@ class WorkerPool:
         """Ends the processes. The pool may be used again: it starts new ones."""
         for worker in self._workers:
             worker.kill()
-        self._workers = []
+        self._workers, self._jobs_of_workers = [], 0
 
     def _start_missing_workers(self) -> None:
         if any(worker.process.poll() is not None for worker in self._workers):

@@ -49,6 +49,7 @@ def test_training_traces_match_the_reference(pool, family: str, layout: traces.L
     assert first.evaluations == second.evaluations
 
 
+@pytest.mark.acceptance
 def test_recomputation_under_sequence_parallelism_matches_the_reference(pool) -> None:
     layout = dataclasses.replace(traces.Layout(tensor=2, sequence=True), recompute="layer")
     check_golden_training(pool(2).run(traces.run_golden_training, "implicit_mamba2", layout)[0], "implicit_mamba2")
