@@ -12,6 +12,8 @@ from megatron_implicit.errors import ConfigError, MegatronImplicitError
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
+EXIT_INCOMPLETE = 3
+"""Finished, but something of the input had to be left out."""
 EXIT_INTERRUPTED = 130
 
 

@@ -1,8 +1,10 @@
-"""Measures this machine and prints JSON: ``python tools/benchmark.py train-step``."""
+"""Measures this machine and prints JSON: ``python tools/benchmark.py train-step`` or ``data``."""
 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
@@ -12,11 +14,20 @@ DESCRIPTION = """Measure this machine and print JSON.
 
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
+    python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
 """
+DATA_DESCRIPTION = """Measure how fast text and code become datasets, with one worker and with two; prints JSON.
+
+    python tools/benchmark.py data                             with the GPT-NeoX tokenizer, downloaded once
+    python tools/benchmark.py data --tokenizer data/tokenizer.model
+"""
+CORPUS = Path(__file__).resolve().parent.parent / "launch" / "corpus"
 
 
 def main() -> int:
     """Runs one benchmark."""
+    if sys.argv[1:2] == ["data"]:
+        return _measure_data(sys.argv[2:])
     parser = CommandParser(DESCRIPTION)
     parser.add_argument("benchmark", choices=["train-step"])
     parser.add_argument("--family", choices=["implicit_mamba2", "implicit_llama"], default="implicit_mamba2")
@@ -38,6 +49,24 @@ def main() -> int:
 
     config = config_from_dict(_configuration(arguments))
     result = TrainStepBenchmark(config, arguments.evaluations, arguments.phantom_steps).run(arguments.repeats)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _measure_data(arguments: list[str]) -> int:
+    parser = CommandParser(DATA_DESCRIPTION)
+    parser.add_argument("--tokenizer", metavar="FILE", help="default: GPT-NeoX-20B's")
+    parser.add_argument("--megabytes", type=float, default=48, metavar="N", help="text to tokenize (default: 48)")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each (default: 3)")
+    options = parser.parse_args(arguments)
+
+    from megatron_implicit.data.benchmark import DataBenchmark
+    from megatron_implicit.data.corpus import find_sources
+    from megatron_implicit.data.neox import fetch_neox_tokenizer
+    from megatron_implicit.data.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer or fetch_neox_tokenizer())
+    result = DataBenchmark(tokenizer, find_sources([str(CORPUS)]), options.megabytes).run(options.repeats)
     print(json.dumps(result, indent=1))
     return 0
 

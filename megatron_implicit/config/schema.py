@@ -143,7 +143,7 @@ class DataConfig:
     """Where the tokens come from and how they are split and packed."""
 
     path: str = "runs/quickstart/data"
-    """A folder holding NAME.bin/NAME.idx datasets and their tokenizer, or the prefix of one dataset."""
+    """A folder holding NAME.bin/NAME.idx datasets and their tokenizer, the prefix of one dataset, or a blend (YAML)."""
     sequence_length: int = 256
     """Tokens of one training sample."""
     split: list[float] = field(default_factory=lambda: [0.98, 0.01, 0.01])

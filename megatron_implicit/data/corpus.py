@@ -1,25 +1,65 @@
-"""Documents from corpus files: .jsonl, .jsonl.zst, .jsonl.gz (one object {"text": ...} a line), .txt (one document)."""
+"""Documents from corpus files.
+
+.jsonl, .jsonl.zst and .jsonl.gz hold one object with the text under a key a line, a .parquet file has a column of that
+name, and a .txt file is one document.
+"""
 
 from __future__ import annotations
 
 import glob
-import os
-import zlib
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import orjson
-import zstandard
 
+from megatron_implicit.data.formats import DAMAGE, Overlong, decompressed, lines, parquet_column
 from megatron_implicit.errors import DataError
 
-SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".txt")
+SUFFIXES = (".jsonl", ".jsonl.zst", ".jsonl.gz", ".parquet", ".txt")
 
+NO_TEXT, EMPTY = "no text", "empty text"
+"""Reasons of records whose text is missing, and of documents without any."""
+
+_Record = bytes | Overlong | None
 _BLOCK = 1 << 18
 """Bytes read from a file at once."""
-_LARGEST_WINDOW = 1 << 31
-"""Largest zstd window, in bytes, that is accepted: files written with ``zstd --long=31`` need it."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read; another choice may give other documents."""
+
+    text_key: str = "text"
+    """Key of a .jsonl object, or column of a .parquet file, that holds the text."""
+    max_line_bytes: int = 100_000_000
+    """A longer line (or row, or .txt file) is skipped: tokenizing it would need gigabytes of memory."""
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A line, row or file that gives no document."""
+
+    line: int
+    """Line of a .jsonl file or row of a .parquet file, counted from 1; 0 where it is the file as a whole."""
+    reason: str
+    """One of few: what to count it under."""
+    detail: str = ""
+
+    def describe(self, path: Path) -> str:
+        """file:line: reason (detail)."""
+        place = f"{path}:{self.line}" if self.line else str(path)
+        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class _Unusable(ValueError):
+    """The record at hand gives no document, for (reason, detail)."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
 
 
 def find_sources(inputs: Sequence[str]) -> list[Path]:
@@ -49,96 +89,139 @@ def _matches(name: str) -> list[Path]:
     return found
 
 
-class CorpusReader:
-    """The documents of corpus files, in order; counts what has been read on the way."""
+class SourceReader:
+    """The documents of one corpus file, in order; counts what has been read on the way.
 
-    def __init__(self, sources: Iterable[Path]) -> None:
-        self.sources = list(sources)
-        self.total_bytes = sum(os.path.getsize(path) for path in self.sources)
-        """Bytes of all files as they lie on disk."""
+    Args:
+        path: the file.
+        reading: how.
+        on_bad: called with each record that gives no document, which is then left out; without it such a record is a
+            DataError that names file and line.
+    """
+
+    def __init__(
+        self, path: Path, reading: Reading = Reading(), on_bad: Callable[[BadRecord], None] | None = None
+    ) -> None:
+        self.path = path
+        self.line = 0
+        """Line (or row) of the document given out last."""
         self.read_bytes = 0
-        """Of those, bytes read so far."""
+        """Bytes of the file read so far."""
         self.text_bytes = 0
         """UTF-8 bytes of the documents given out so far."""
+        self._reading = reading
+        self._on_bad = on_bad
+        self._hash = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """sha256 (hex) of the whole file; to be asked after its last document."""
+        return self._hash.hexdigest()
 
     def __iter__(self) -> Iterator[str]:
         """Yields each document's text, empty ones too.
 
         Raises:
-            DataError: naming the file, and the line where there is one.
+            DataError: a record that gives no document, where ``on_bad`` is not given; OSError where reading fails.
         """
-        for path in self.sources:
-            yield from self._documents(path)
+        with open(self.path, "rb") as file:
+            records = self._records(file)
+            while True:
+                try:
+                    text = self._text_of(next(records))
+                except StopIteration:
+                    break
+                except _Unusable as error:
+                    self._refuse(BadRecord(self.line, error.reason, error.detail))
+                    continue
+                self.text_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
+                yield text
+            for _ in self._blocks(file):  # what damage left unread still counts for the checksum
+                pass
 
-    def _documents(self, path: Path) -> Iterator[str]:
-        number = 0
-        with open(path, "rb") as file:
-            try:
-                if path.name.endswith(".txt"):
-                    yield self._counted(b"".join(self._blocks(file)).decode("utf-8"))
-                    return
-                for number, line in enumerate(_lines(_decompressed(path, self._blocks(file))), start=1):
-                    if line.strip():
-                        yield self._counted(_text_of(line))
-            except (zstandard.ZstdError, EOFError, zlib.error) as error:
-                raise DataError(
-                    f"{path} is truncated or damaged after line {number} ({error}); fetch or compress it again"
-                ) from error
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path} is not UTF-8 (byte {error.start}); convert it") from error
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: {error}; correct or remove the line") from error
+    def _records(self, file: BinaryIO) -> Iterator[_Record]:
+        """Raw records, numbered in ``line``, without blank lines. Raises _Unusable where the file is damaged."""
+        try:
+            if self.path.name.endswith(".txt"):
+                yield b"".join(self._blocks(file))
+            elif self.path.name.endswith(".parquet"):
+                yield from self._rows(file)
+            else:
+                yield from self._lines(file)
+        except DAMAGE as error:
+            raise _Unusable("truncated or damaged", f"after line {self.line}: {error}") from error
 
-    def _counted(self, text: str) -> str:
-        self.text_bytes += len(text.encode("utf-8"))
-        return text
+    def _lines(self, file: BinaryIO) -> Iterator[_Record]:
+        blocks = decompressed(self.path, self._blocks(file))
+        for number, line in enumerate(lines(blocks, self._reading.max_line_bytes), start=1):
+            if isinstance(line, Overlong) or line.strip():
+                self.line = number
+                yield line
+
+    def _rows(self, file: BinaryIO) -> Iterator[_Record]:
+        for _ in self._blocks(file):  # for the checksum
+            pass
+        try:
+            for value in parquet_column(self.path, self._reading.text_key):
+                self.line += 1
+                yield value
+        except KeyError as error:
+            raise _Unusable(NO_TEXT, f"there is no text column {error}") from error
+
+    def _text_of(self, record: _Record) -> str:
+        limit = self._reading.max_line_bytes
+        length = record.bytes if isinstance(record, Overlong) else len(record or b"")
+        if length > limit:
+            raise _Unusable("line too long", f"{length:,} bytes, the limit is {limit:,}")
+        if record is None:
+            raise _Unusable(NO_TEXT, "the value is null")
+        if self.path.name.endswith((".txt", ".parquet")):
+            return _decoded(record)
+        return _json_text(record, self._reading.text_key)
+
+    def _refuse(self, record: BadRecord) -> None:
+        if self._on_bad is None:
+            raise DataError(f"{record.describe(self.path)}; correct or remove it")
+        self._on_bad(record)
 
     def _blocks(self, file: BinaryIO) -> Iterator[bytes]:
         while block := file.read(_BLOCK):
             self.read_bytes += len(block)
+            self._hash.update(block)
             yield block
 
 
-def _decompressed(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    if path.name.endswith(".zst"):
-        return _joined_frames(blocks, zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj)
-    if path.name.endswith(".gz"):
-        return _joined_frames(blocks, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
-    return blocks
+class CorpusReader:
+    """The documents of several corpus files, in order; a record that gives none is a DataError."""
+
+    def __init__(self, sources: Iterable[Path], reading: Reading = Reading()) -> None:
+        self.sources = list(sources)
+        self.text_bytes = 0
+        """UTF-8 bytes of the documents of the files read to their end so far."""
+        self._reading = reading
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields each document's text, empty ones too; raises DataError naming file and line."""
+        for path in self.sources:
+            reader = SourceReader(path, self._reading)
+            yield from reader
+            self.text_bytes += reader.text_bytes
 
 
-def _joined_frames(blocks: Iterator[bytes], new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompresses frames that follow each other; raises EOFError where the last one does not end."""
-    decompressor = None
-    for block in blocks:
-        while block:
-            decompressor = decompressor or new_decompressor()
-            yield decompressor.decompress(block)
-            block = decompressor.unused_data if decompressor.eof else b""
-            decompressor = None if decompressor.eof else decompressor
-    if decompressor is not None:
-        raise EOFError("the compressed data stops before its end")
-
-
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines of the joined blocks, without line ends."""
-    begun: list[bytes] = []
-    for block in blocks:
-        *ended, rest = block.split(b"\n")
-        for part in ended:
-            yield b"".join((*begun, part))
-            begun = []
-        begun.append(rest)
-    yield b"".join(begun)
-
-
-def _text_of(line: bytes) -> str:
-    """The text of a JSON line; raises ValueError saying what is wrong with it."""
+def _json_text(line: bytes, key: str) -> str:
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    text = document.get("text") if isinstance(document, dict) else None
+        _decoded(line)
+        raise _Unusable("not valid JSON", str(error)) from error
+    text = document.get(key) if isinstance(document, dict) else None
     if not isinstance(text, str):
-        raise ValueError('not an object with a string under "text"')
+        raise _Unusable(NO_TEXT, f'not an object with a string under "{key}"')
     return text
+
+
+def _decoded(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _Unusable("not UTF-8", f"byte {error.start}") from error

@@ -1,43 +1,35 @@
-"""Train, validation and test samples of fixed length, by Megatron-Core's GPTDataset, split by random documents.
+"""Train, validation and test samples of fixed length: what ``data.path`` names, split by random documents and blended.
 
-Documents are permuted by the seed and cut into the three shares; each split packs its own documents, ends of documents
-included, into samples of ``sequence_length`` + 1 tokens. Several datasets of one folder are blended by their tokens.
-Sample indices are cached on disk by rank 0 and memory-mapped by all. No global random state is read or changed.
+Indices are cached on disk by rank 0 and memory-mapped by all. No global random state is read or changed.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-import tempfile
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from megatron_implicit.config.schema import DataConfig
-from megatron_implicit.data.indexed import check_indexed, find_prefixes, read_manifest
-from megatron_implicit.data.megatron import (
-    BlendedDataset,
-    BlendedMegatronDatasetBuilder,
-    GPTDataset,
-    GPTDatasetConfig,
-    Split,
-    indexed_dataset,
-)
+from megatron_implicit.data.blend import BlendEntry, is_blend, read_blend
+from megatron_implicit.data.index_cache import Arrays, IndexCache
+from megatron_implicit.data.indexed import check_indexed
+from megatron_implicit.data.megatron import helpers
+from megatron_implicit.data.packing import PackedDataset, Packing, SplitDataset, epochs_for, split_documents
 from megatron_implicit.data.sampling import Samples
 from megatron_implicit.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_implicit.errors import DataError
 
+__all__ = ["Datasets", "open_datasets", "open_tokenizer", "split_documents"]
+
 T = TypeVar("T")
 
-_NAMES = {Split.train: "train", Split.valid: "validation", Split.test: "test"}
-_SPLIT_STREAM = 0x5B117
-"""Sets the random stream that splits documents apart from others of the same seed."""
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -61,12 +53,15 @@ def open_tokenizer(data: DataConfig) -> Tokenizer:
     """
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
-    folder = _folder(data)
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (folder / name).exists():
-            return load_tokenizer(folder / name)
+    folders = [_folder(data.path)]
+    if is_blend(data.path):
+        folders += [_folder(entry.path) for entry in read_blend(data)]
+    for folder in folders:
+        for name in ("tokenizer.model", "tokenizer.json"):
+            if (folder / name).exists():
+                return load_tokenizer(folder / name)
     raise DataError(
-        f"no tokenizer.model or tokenizer.json in {folder}; put the dataset's tokenizer there or set data.tokenizer"
+        f"no tokenizer.model or tokenizer.json in {folders[0]}; put the dataset's tokenizer there or set data.tokenizer"
     )
 
 
@@ -85,207 +80,137 @@ def open_datasets(
         data: path, split, sequence length and cache folder.
         tokenizer: must be the one the datasets were made with.
         train_samples, validation_samples, test_samples: samples to draw, going through the split's documents as often
-            as needed; None draws each document once; 0 leaves the split out. The order of the samples depends on the
-            number drawn, so a resumed run must ask for the same.
+            as needed; None draws each document once (in training: as often as its ``epochs`` say); 0 leaves the split
+            out. The order of the samples does not depend on the number.
         seed: of split and order.
 
     Raises:
-        DataError: missing, damaged or foreign files, or a split too small for one sample.
+        DataError: missing, damaged or foreign files, a split too small for one sample, or more training samples than
+            the epochs of a blend allow.
     """
-    sizes = (train_samples, validation_samples, test_samples)
-
-    def build(verify_index: bool) -> Datasets:
-        for prefix in find_prefixes(data.path):
-            check_indexed(prefix, tokenizer, verify_index=verify_index)
-        return _build(data, tokenizer, sizes, seed)
-
+    sizes = dict(zip(SPLITS, (train_samples, validation_samples, test_samples)))
     first = not dist.is_initialized() or dist.get_rank() == 0
-    datasets = _agreed(lambda: build(verify_index=True) if first else None)
-    return _agreed(lambda: datasets if datasets is not None else build(verify_index=False))
+
+    def build(may_build: bool) -> Datasets:
+        return _Opening(data, tokenizer, seed, may_build).open(sizes)
+
+    datasets = _agreed(lambda: build(may_build=True) if first else None)
+    return _agreed(lambda: datasets if datasets is not None else build(may_build=False))
 
 
-def split_documents(documents: int, shares: list[float], seed: int) -> list[np.ndarray]:
-    """Document numbers (int32, in random order) of train, validation and test: disjoint, together all of them.
+class Blended:
+    """Samples of several datasets in one order. An item also has dataset_id, the number of its dataset."""
 
-    Depends on the number of documents, not on their tokens: another tokenizer gives the same split.
-    """
-    order = np.random.default_rng([_SPLIT_STREAM, seed]).permutation(np.arange(documents, dtype=np.int32))
-    bounds = np.rint(np.cumsum(shares) / np.sum(shares) * documents).astype(np.int64)
-    return [order[begin:end] for begin, end in zip([0, *bounds[:-1]], bounds)]
+    def __init__(self, parts: list[PackedDataset], order: Arrays) -> None:
+        self._parts, self._order = parts, order
 
+    def __len__(self) -> int:
+        return len(self._order["part"])
 
-@dataclass
-class _DatasetConfig(GPTDatasetConfig):
-    """GPTDatasetConfig with what the split by random documents needs; part of every cache file's name."""
-
-    shares: tuple[float, ...] = ()
-    contents: dict[str, str] | None = None
-    """sha256 of the tokens of each prefix."""
-    content: str = ""
-    """The one of the dataset at hand, so that a dataset written anew under an old name misses the old cache."""
+    def __getitem__(self, index: int) -> Mapping[str, torch.Tensor]:
+        number = int(self._order["part"][index])
+        return {"dataset_id": number, **self._parts[number][int(self._order["sample"][index])]}
 
 
-class RandomSplitDataset(GPTDataset):
-    """A GPTDataset that is given all documents and keeps the random share of its split."""
+@dataclass(frozen=True)
+class _Part:
+    """One dataset on disk, as a part of a split."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        path: str,
-        documents: np.ndarray,
-        num_samples: int | None,
-        split: Split,
-        config: _DatasetConfig,
-    ) -> None:
-        own = split_documents(len(documents), list(config.shares), config.random_seed)[split.value]
-        config = copy.copy(config)
-        config.content = config.contents[path]
-        super().__init__(dataset, path, own, num_samples, split, config)
-
-    @staticmethod
-    def _key_config_attributes() -> list[str]:
-        return ["random_seed", "sequence_length", "shares", "content", "tokenizer"]
-
-    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Loads the cached indices; where they are missing, rank 0 builds them first.
-
-        They are built in a temporary folder and moved, so that a killed job leaves no half of a file to be loaded.
-        """
-        cache = Path(self.config.path_to_cache)
-        if not self._is_cached(cache):
-            if dist.is_initialized() and dist.get_rank() != 0:
-                raise DataError(
-                    f"this rank does not see the sample indices that rank 0 wrote to {cache}; set"
-                    " data.cache_dir to a folder that all nodes share"
-                )
-            try:
-                self._fill(cache)
-            except OSError as error:
-                raise DataError(
-                    f"cannot write sample indices to {cache}: {error.strerror}; set data.cache_dir to a"
-                    " folder with space that can be written"
-                ) from error
-        return super()._build_document_sample_shuffle_indices()
-
-    def _fill(self, cache: Path) -> None:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as folder:
-            self.config.path_to_cache = folder
-            super()._build_document_sample_shuffle_indices()
-            self.config.path_to_cache = str(cache)
-            for file in os.listdir(folder):
-                os.replace(os.path.join(folder, file), cache / file)
-
-    def _is_cached(self, cache: Path) -> bool:
-        """Whether all four files are there, under the names Megatron-Core gives them."""
-        base = f"{self.unique_description_hash}-{type(self).__name__}-{self.index_split.name}"
-        files = ("description.txt", "document_index.npy", "sample_index.npy", "shuffle_index.npy")
-        return all((cache / f"{base}-{file}").is_file() for file in files)
+    entry: BlendEntry
+    dataset: SplitDataset
+    tokens: int
+    """Of the split, once."""
+    weight: float
+    """Share of the split's samples."""
 
 
-class _Builder(BlendedMegatronDatasetBuilder):
-    """Megatron-Core's builder without its collectives: ``open_datasets`` orders the ranks, and agrees on errors."""
+class _Opening:
+    """What ``open_datasets`` needs to know everywhere."""
 
-    def __init__(self, sizes: tuple[int | None, ...], config: _DatasetConfig) -> None:
-        super().__init__(RandomSplitDataset, list(sizes), lambda: True, config)
-
-    def _build_megatron_datasets_parallel(
-        self, prefixes: list[str], split: list, sizes_per_dataset: list
-    ) -> list[list]:
-        per_prefix = [
-            self._build_megatron_dataset_splits(prefix, split, sizes, synchronize_ranks=False)
-            for prefix, sizes in zip(prefixes, sizes_per_dataset)
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, seed: int, may_build: bool) -> None:
+        self._data, self._tokenizer = data, tokenizer
+        self._cache = IndexCache(Path(data.cache_dir or _folder(data.path) / "cache"), may_build)
+        self._datasets = [
+            (entry, [self._checked(prefix, entry, seed) for prefix in entry.prefixes()]) for entry in read_blend(data)
         ]
-        return [list(column) for column in zip(*per_prefix)]
 
-    @staticmethod
-    def build_generic_dataset(
-        cls: Callable[..., T], is_built_on_rank: Callable, synchronize_ranks: bool, *args: Any
-    ) -> T:
-        if cls is BlendedDataset:  # quick to build, and without a process group its cache cannot be written
-            *args, config = args
-            args.append(copy.copy(config))
-            args[-1].path_to_cache = None
-        return cls(*args)
+    def open(self, sizes: Mapping[str, int | None]) -> Datasets:
+        return Datasets(**{split: self._open_split(split, size) for split, size in sizes.items()})
 
+    def _checked(self, prefix: str, entry: BlendEntry, seed: int) -> SplitDataset:
+        manifest = check_indexed(prefix, self._tokenizer, verify_index=False)
+        return SplitDataset(prefix, manifest, entry.split, seed)
 
-class _MegatronTokenizer:
-    """What Megatron-Core's datasets ask of a tokenizer."""
+    def _open_split(self, split: str, size: int | None) -> Samples | None:
+        number = SPLITS.index(split)
+        if size == 0 or all(entry.split[number] == 0 for entry, _ in self._datasets):
+            return None
+        parts = self._parts(number)
+        if len(parts) == 1:
+            return self._packed(parts[0], split, size)
+        if size is None:
+            packed = [self._packed(part, split, None) for part in parts]
+            return Blended(packed, self._order("all", {"sizes": [len(each) for each in packed]}, _interleaved))
+        weights = [part.weight for part in parts]
+        order = self._order("weighted", {"weights": weights, "size": size}, _weighted)
+        drawn = zip(parts, order["drawn"])
+        return Blended([self._packed(part, split, int(count)) for part, count in drawn], order)
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.vocab_size = tokenizer.vocab_size
-        self.eod = tokenizer.eod
-        self.unique_identifiers = OrderedDict(fingerprint=tokenizer.fingerprint)
+    def _parts(self, number: int) -> list[_Part]:
+        """The datasets that have at least one whole sample of a split, with weights that add up to 1."""
+        parts = []
+        for entry, datasets in self._datasets:
+            tokens = [dataset.tokens(self._cache)[number] for dataset in datasets]
+            pairs = zip(datasets, tokens)
+            usable = [(dataset, count) for dataset, count in pairs if count > self._data.sequence_length]
+            total = sum(count for _, count in usable)
+            weight = total * (entry.epochs or 1) if entry.weight is None else entry.weight
+            parts += [_Part(entry, dataset, count, weight * count / total) for dataset, count in usable]
+        if not parts:
+            raise DataError(
+                f"the {SPLITS[number]} split of {self._data.path} has too few tokens for one sample of"
+                f" data.sequence_length {self._data.sequence_length} (+ 1); raise its share in data.split"
+                f" {self._data.split}, shorten data.sequence_length or add documents"
+            )
+        total = sum(part.weight for part in parts)
+        return [_Part(part.entry, part.dataset, part.tokens, part.weight / total) for part in parts]
 
+    def _packed(self, part: _Part, split: str, size: int | None) -> PackedDataset:
+        """A part with at least ``size`` samples; with None those of its epochs."""
+        length, limit = self._data.sequence_length, part.entry.epochs if split == "train" else None
+        epochs = (limit or 1) if size is None else epochs_for(max(size, 1), part.tokens, length)
+        if limit is not None and epochs > limit:
+            raise DataError(
+                f"the run draws {size:,} samples of {part.dataset.prefix}, which is more than the epochs: {limit} of"
+                f" dataset {part.entry.name} in {self._data.path} give; shorten the run, or raise epochs to {epochs}"
+            )
+        packing = Packing(split, length, part.tokens, epochs)
+        return PackedDataset(part.dataset, packing, self._tokenizer, self._cache)
 
-def _build(data: DataConfig, tokenizer: Tokenizer, sizes: tuple[int | None, ...], seed: int) -> Datasets:
-    prefixes = find_prefixes(data.path)
-    tokens = _split_tokens(prefixes, data, seed)
-    contents = {prefix: read_manifest(prefix).bin_sha256 for prefix in prefixes}
-    splits: list[Samples | None] = []
-    for split, size in zip(Split, sizes):
-        if size == 0 or data.split[split.value] == 0:
-            splits.append(None)
-            continue
-        names, weights = _blend(split, prefixes, tokens, data, size)
-        config = _DatasetConfig(
-            random_seed=seed,
-            sequence_length=data.sequence_length,
-            blend_per_split=[(names, weights) if each is split else None for each in Split],
-            mid_level_dataset_surplus=_surplus(len(names), size),
-            path_to_cache=data.cache_dir or str(_folder(data) / "cache"),
-            tokenizer=_MegatronTokenizer(tokenizer),
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
-            shares=tuple(data.split),
-            contents=contents,
-        )
-        splits.append(_Builder(sizes, config).build()[split.value])
-    return Datasets(*splits)
-
-
-def _split_tokens(prefixes: list[str], data: DataConfig, seed: int) -> list[list[int]]:
-    """Tokens of each prefix (outer) in each split (inner)."""
-    result = []
-    for prefix in prefixes:
-        dataset = indexed_dataset.IndexedDataset(prefix)  # held: its arrays are unmapped with it
-        lengths = dataset.sequence_lengths
-        result.append(
-            [int(lengths[own].sum(dtype=np.int64)) for own in split_documents(len(lengths), data.split, seed)]
-        )
-    return result
+    def _order(self, kind: str, description: dict, build: Callable[..., Arrays]) -> Arrays:
+        return self._cache.get("blend", {"kind": kind, **description}, lambda: build(**description))
 
 
-def _blend(
-    split: Split, prefixes: list[str], tokens: list[list[int]], data: DataConfig, size: int | None
-) -> tuple[list[str], list[float] | None]:
-    """(prefixes, weights) of a split. A dataset without one whole sample for it is left out of the blend.
+def _weighted(weights: list[float], size: int) -> Arrays:
+    """part [n] int16 and sample [n] int64 of every sample, each part as near to its weight as can be at any moment.
 
-    Raises:
-        DataError: no dataset has one.
+    drawn [parts] is how many samples of each part that takes.
     """
-    own = {prefix: counts[split.value] for prefix, counts in zip(prefixes, tokens)}
-    enough = {prefix: count for prefix, count in own.items() if count > data.sequence_length}
-    if not enough:
-        raise DataError(
-            f"the {_NAMES[split]} split of {data.path} has {sum(own.values())} tokens, too few for one sample of"
-            f" data.sequence_length {data.sequence_length} (+ 1); raise its share in data.split {data.split},"
-            " shorten data.sequence_length or add documents"
-        )
-    weights = None if size is None or len(enough) == 1 else [float(count) for count in enough.values()]
-    return list(enough), weights
+    part, sample = np.zeros(size, np.int16), np.zeros(size, np.int64)
+    helpers.build_blending_indices(part, sample, weights, len(weights), size, False)
+    return {"part": part, "sample": sample, "drawn": np.bincount(part, minlength=len(weights))}
 
 
-def _surplus(datasets: int, size: int | None) -> float:
-    """Share of spare samples to build for each dataset of a blend: rounding may draw about one more than its weight."""
-    return max(0.005, 2 * datasets / size) if size else 0.0
+def _interleaved(sizes: list[int]) -> Arrays:
+    """The same for all samples of all parts, evenly mixed."""
+    part, sample = np.zeros(sum(sizes), np.int16), np.zeros(sum(sizes), np.int64)
+    helpers.build_exhaustive_blending_indices(part, sample, sizes, len(sizes))
+    return {"part": part, "sample": sample}
 
 
-def _folder(data: DataConfig) -> Path:
-    path = Path(data.path)
-    return path if path.is_dir() else path.parent
+def _folder(path: str) -> Path:
+    """Where tokenizer and cache of a dataset, folder or blend are looked for."""
+    return Path(path) if Path(path).is_dir() else Path(os.path.abspath(path)).parent
 
 
 def _agreed(work: Callable[[], T]) -> T:

@@ -6,17 +6,8 @@ from megatron_implicit.device import prepare_megatron
 
 prepare_megatron()
 
-from megatron.core.datasets import indexed_dataset  # noqa: E402
-from megatron.core.datasets.blended_dataset import BlendedDataset  # noqa: E402
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder  # noqa: E402
+from megatron.core.datasets import helpers, indexed_dataset  # noqa: E402
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig  # noqa: E402
 from megatron.core.datasets.utils import Split  # noqa: E402
 
-__all__ = [
-    "BlendedDataset",
-    "BlendedMegatronDatasetBuilder",
-    "GPTDataset",
-    "GPTDatasetConfig",
-    "Split",
-    "indexed_dataset",
-]
+__all__ = ["GPTDataset", "GPTDatasetConfig", "Split", "helpers", "indexed_dataset"]

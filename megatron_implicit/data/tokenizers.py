@@ -6,6 +6,7 @@ file's content which kind it is.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, Union
 
+from megatron_implicit.data.byte_bpe import FastByteBPE, fast_byte_bpe
 from megatron_implicit.errors import DataError
 
 PathLike = Union[str, "os.PathLike[str]"]
@@ -89,7 +91,11 @@ class SentencePieceTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A Hugging Face ``tokenizer.json``. Special tokens spelled out in a text are encoded as ordinary text."""
+    """A Hugging Face ``tokenizer.json``. Special tokens spelled out in a text are encoded as ordinary text.
+
+    Byte-level BPE is encoded by ``byte_bpe`` where that is shown to give the same ids, which is looked into (a second
+    or two) when the first text is encoded.
+    """
 
     def __init__(self, description: dict[str, Any], name: str) -> None:
         """``description``: the parsed file; ``name``: what to call it in errors. Raises DataError."""
@@ -113,8 +119,20 @@ class HuggingFaceTokenizer:
             )
         self.eod = known[0]
         self.fingerprint = hashlib.sha256(canonical.encode("utf-8")).hexdigest()
+        self._description = description
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether texts are encoded by ``byte_bpe``."""
+        return self._fast is not None
+
+    @functools.cached_property
+    def _fast(self) -> FastByteBPE | None:
+        return fast_byte_bpe(self._description, self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
+        if self._fast is not None:
+            return self._fast.encode(text)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -144,6 +162,14 @@ def load_tokenizer(path: PathLike) -> Tokenizer:
     except ValueError as error:
         raise _not_a_tokenizer(name) from error
     return HuggingFaceTokenizer(description, name)
+
+
+def copy_tokenizer(path: PathLike, folder: PathLike) -> Path:
+    """Puts a copy of the tokenizer file beside the datasets in ``folder``, where training looks for it."""
+    content = Path(path).read_bytes()
+    target = Path(folder) / ("tokenizer.json" if content.lstrip().startswith(b"{") else "tokenizer.model")
+    _publish(target, content, overwrite=True)
+    return target
 
 
 def train_sentencepiece(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Iterator
 
 from megatron_implicit.config import Config
+from megatron_implicit.data.blend import blend_fingerprint
 from megatron_implicit.data.datasets import open_datasets, open_tokenizer
-from megatron_implicit.data.indexed import dataset_fingerprint
 from megatron_implicit.data.sampling import Batch, MicrobatchSampler, read_batches, read_microbatch
 from megatron_implicit.data.tokenizers import Tokenizer
 from megatron_implicit.errors import ConfigError, DataError
@@ -39,12 +39,17 @@ class TrainingData:
             seed=train.seed,
         )
         self._sampler = MicrobatchSampler(train.global_batch_size, train.micro_batch_size, replicas, replica)
-        self.fingerprint = f"{dataset_fingerprint(config.data.path)}:{tokenizer.fingerprint}"
+        self.fingerprint = f"{blend_fingerprint(config.data)}:{tokenizer.fingerprint}"
 
     @property
     def has_validation(self) -> bool:
         """Whether there are held-out documents to measure on."""
         return self._datasets.validation is not None
+
+    @property
+    def training_samples(self) -> int:
+        """Samples that could be read, at least those of the run."""
+        return len(self._datasets.train)
 
     def training_batches(self, consumed_samples: int) -> Iterator[Batch]:
         """This replica's microbatches from a consumed-sample count on, without end."""

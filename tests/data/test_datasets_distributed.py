@@ -52,7 +52,7 @@ def test_two_ranks_share_one_cache_and_fail_together(
     zero, one = ((tmp_path / f"rank{rank}").read_text().split("\n") for rank in (0, 1))
     assert len(zero) == len(one) == 4
     assert zero[0] == one[0] and zero[0].count(",") == 39
-    assert len(list((folder / "cache").iterdir())) == 8
+    assert len(list((folder / "cache").glob("samples-*.json"))) == 2
     assert "another tokenizer" in one[1] and zero[1] == one[1] + " (rank 1)"
     assert "data.cache_dir" in one[2] and zero[2] == one[2] + " (rank 1)"
     assert "too few" in zero[3] and one[3] == zero[3] + " (rank 0)"
