@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megatron_implicit.errors import ConfigError, MegatronImplicitError  # noqa: E402
 
 USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-PATIENCE_S = 3.0
+PATIENCE_S = 10.0
 """What another rank waits before it reports an error: where all ranks have it, the launcher ends it meanwhile."""
 
 

@@ -92,9 +92,7 @@ def _prepare(arguments: argparse.Namespace) -> int | None:
 
     start = time.monotonic()
     sources = find_sources(arguments.input)
-    recipe = Recipe(
-        load_tokenizer(arguments.tokenizer), Reading(arguments.text_key, arguments.max_line_mb * 1_000_000)
-    )
+    recipe = Recipe(load_tokenizer(arguments.tokenizer), Reading(arguments.text_key, arguments.max_line_mb * 1_000_000))
     options = {"workers": arguments.workers, "overwrite": arguments.overwrite}
     if arguments.output:
         done = prepare_dataset(sources, recipe, arguments.output, **options)

@@ -18,7 +18,11 @@ from megatron_implicit.cli import CommandParser, run_command
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help=".jsonl[.zst|.gz], .parquet or .txt files, globs or folders"
+        "--input",
+        nargs="+",
+        required=True,
+        metavar="PATH",
+        help=".jsonl[.zst|.gz], .parquet or .txt files, globs or folders",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the tokenizer to write, e.g. tokenizer.model")
     parser.add_argument(

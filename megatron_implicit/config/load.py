@@ -60,7 +60,18 @@ def _parse(arguments: Sequence[str], prog: str | None, base: str | Path | None) 
     ordered = _file_first(arguments)
     if base is not None:
         ordered = ["--config", str(base), *ordered]
-    return parser.instantiate(parser.parse_args(ordered))
+    parsed = parser.instantiate(parser.parse_args(ordered))
+    if base is not None:
+        _derive_again(parsed.train, yaml.safe_load(Path(base).read_text(encoding="utf-8"))["train"])
+    return parsed
+
+
+def _derive_again(train: Any, saved: dict[str, Any]) -> None:
+    """A resolved file has both steps and tokens: where the arguments change one, the other is derived from it."""
+    if train.steps != saved["steps"] and train.tokens == saved["tokens"]:
+        train.tokens = None
+    elif train.tokens != saved["tokens"] and train.steps == saved["steps"]:
+        train.steps = None
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

@@ -33,9 +33,7 @@ _WINDOW = 4096
 _NEVER_IN_UTF8 = {0xC0, 0xC1, *range(0xF5, 0x100)}
 """Bytes that a vocabulary may lack."""
 
-_EXPRESSION = (
-    r"'s|'t|'re|'ve|'m|'ll|'d{runs}| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|{space}+(?![^{S}])|{space}+"
-)
+_EXPRESSION = r"'s|'t|'re|'ve|'m|'ll|'d{runs}| ?[{L}]+| ?[{N}]+| ?[^{S}{L}{N}]+|{space}+(?![^{S}])|{space}+"
 """GPT-2's, with classes L (letters), N (numbers), S (white space)."""
 
 

@@ -103,6 +103,4 @@ def parquet_column(path: Path, column: str) -> Iterator[bytes | None]:
 
 def _is_text(pyarrow: Any, kind: Any) -> bool:
     types = pyarrow.types
-    return any(
-        test(kind) for test in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-    )
+    return any(test(kind) for test in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary))

@@ -72,9 +72,7 @@ class IndexedDatasetWriter:
         self._lengths.append(document.size)
         self.tokens += document.size
 
-    def finish(
-        self, sources: Sequence[Source] = (), reading: Reading = Reading(), text_bytes: int = 0
-    ) -> Manifest:
+    def finish(self, sources: Sequence[Source] = (), reading: Reading = Reading(), text_bytes: int = 0) -> Manifest:
         """Writes index and manifest, makes all durable and moves them to their names.
 
         A dataset without documents gets a manifest only.

@@ -48,6 +48,7 @@ def test_a_resumed_runs_values_stand_under_the_arguments(tmp_path: Path) -> None
     resumed = load_config(["--checkpoint.keep_last", "5"], base=tmp_path / "config.yaml")
     assert (resumed.train.steps, resumed.run.dir, resumed.checkpoint.keep_last) == (7, "somewhere", 5)
     assert resumed.train.stop_after_steps is None
+    assert load_config(["--train.steps", "9"], base=tmp_path / "config.yaml").train.steps == 9
     assert peek_run_dir([*TINY, "--run.dir", "else"]) == "else"
 
 

@@ -41,9 +41,7 @@ def numbered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(numbered: Path, samples: int | None) -> PackedDataset:
     data = DataConfig(path=str(numbered), sequence_length=LENGTH, split=[0.9, 0.099, 0.001])
-    return open_datasets(
-        data, Numbering(), train_samples=samples, validation_samples=0, test_samples=0, seed=5
-    ).train
+    return open_datasets(data, Numbering(), train_samples=samples, validation_samples=0, test_samples=0, seed=5).train
 
 
 def ranks(dataset: PackedDataset, replicas: int, consumed: int, steps: int) -> list[list[torch.Tensor]]:
