@@ -11,6 +11,7 @@ import functools
 from typing import Any, Callable, Iterator
 
 import torch
+import torch.autograd.forward_ad
 import torch.utils._device
 
 _CPU = torch.device("cpu")
@@ -104,6 +105,8 @@ def _send_cuda_factories_to_cpu() -> None:
     """torch.{tensor, zeros, ...}(device='cuda'): literals in the optimizer, the loss scaling and the schedules."""
     # ``with torch.device(...)`` remembers the factories at its first use: it must remember the original ones.
     torch.utils._device._device_constructors()
+    # Forward-mode differentiation compiles torch's decompositions at its first use: it must meet the original ones too.
+    torch.autograd.forward_ad._maybe_load_decompositions()
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "empty_like", "zeros_like"):
         factory = getattr(torch, name)
 
