@@ -6,7 +6,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_implicit.config import SolverConfig
 from megatron_implicit.solver import SolveTrace
 from megatron_implicit.solver.trace import QUANTILES
 
@@ -19,12 +18,12 @@ FIELDS = (
 """Names of the statistics; all null in explicit models."""
 
 
-def solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: torch.device) -> dict[str, float | None]:
+def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.device) -> dict[str, float | None]:
     """Statistics of a step; every rank must call it.
 
     Args:
         traces: of this replica's microbatches.
-        solver: of the phase; without a tolerance nothing can be unconverged, and an unrolled phase has no residuals.
+        tolerance: of the solves; without one nothing can be unconverged. An unrolled phase has no residuals.
         device: of the collectives.
 
     Returns:
@@ -51,7 +50,7 @@ def solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: to
         "residual_mean": means[2],
         "residual_max": highest[2],
         **{f"token_residual_p{round(100 * q)}": value for q, value in zip(QUANTILES, quantiles)},
-        "unconverged_fraction": means[3] if solver.tolerance > 0 else None,
+        "unconverged_fraction": means[3] if tolerance > 0 else None,
     }
     return {name: _number(value) for name, value in statistics.items()}
 
