@@ -27,8 +27,6 @@ class DevicePeak:
 
 # The first entry whose name is part of the device's name counts: longer names stand before the names they contain.
 DEVICE_PEAKS: tuple[DevicePeak, ...] = (
-    # NVIDIA B200 in "NVIDIA DGX B200 Datasheet" (8 GPUs: 36 PF bf16 sparse, 1,440 GB, 64 TB/s), divided by 8 and 2.
-    DevicePeak("B200", bf16=2250e12, fp32=None, memory_bytes=180e9, memory_bandwidth=8.0e12),
     # "NVIDIA GH200 Grace Hopper Superchip Data Sheet": 96 GB (HBM3) or 144 GB (HBM3e).
     DevicePeak("GH200", bf16=990e12, fp32=67e12, memory_bytes=None, memory_bandwidth=None),
     # "NVIDIA H200 Tensor Core GPU Datasheet"; the tensor figures are printed with sparsity, half of them is dense.
