@@ -292,7 +292,8 @@ class RunConfig:
     dir: str = "runs/default"
     """The run's folder. The same folder resumes the run it holds."""
     time_limit_minutes: Optional[float] = None
-    """Minutes after its start by which a job must have ended; None takes Slurm's limit where SLURM_JOB_END_TIME says it."""
+    """Minutes after its start by which a job must have ended; None takes the one in
+    MEGATRON_IMPLICIT_END_TIME or SLURM_JOB_END_TIME, if any."""
     time_margin_s: float = 60.0
     """Seconds before that limit by which a job stops, on top of what a step and a checkpoint were seen to take."""
 

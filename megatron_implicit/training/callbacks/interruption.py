@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks a job to stop: sent by Slurm, launchers and people."""
+END_TIMES = ("MEGATRON_IMPLICIT_END_TIME", "SLURM_JOB_END_TIME")
+"""Where the unix time of the limit may stand: what a batch script found out, or Slurm's own (since 22.05)."""
 _TIME_LIMIT = 1
 """The proposal of a rank whose time runs out; a signal proposes its number, which is larger."""
 
@@ -71,5 +73,8 @@ def deadline(run: "RunConfig", environment: Mapping[str, str], now: float) -> Op
     """Unix time by which a job that starts now must have ended; None without a limit."""
     if run.time_limit_minutes is not None:
         return now + 60 * run.time_limit_minutes
-    end = environment.get("SLURM_JOB_END_TIME", "")
-    return float(end) if end.isdigit() and int(end) else None
+    for name in END_TIMES:
+        end = environment.get(name, "")
+        if end.isdigit() and int(end):
+            return float(end)
+    return None
