@@ -67,3 +67,9 @@ class DivergedError(MegatronImplicitError):
 
 class LaunchError(MegatronImplicitError):
     """The machine or launcher does not provide what the run needs."""
+
+
+class MachineError(MegatronImplicitError):
+    """Ranks or machines that went wrong; another start, perhaps on other machines, may succeed."""
+
+    exit_code = exits.RESTART
