@@ -53,6 +53,7 @@ class Checkpointing(Callback):
 
     def _save(self, trainer: "Trainer") -> None:
         self._finish(trainer)
+        trainer.progress.alive(f"the beginning of checkpoint {trainer.state.step}")
         self._began = time.monotonic()
         parts = trainer.parts
         try:
@@ -67,6 +68,7 @@ class Checkpointing(Callback):
         step = self._writer.pending
         if step is None:
             return
+        trainer.progress.alive(f"the end of writing checkpoint {step}")
         try:
             folder = self._writer.finish()
         except SaveError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Iterator
 
+from megatron_implicit.data.sampling import Batch
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.validation import measure_loss
 
@@ -29,4 +30,12 @@ class Validation(Callback):
 
     @staticmethod
     def _measure(trainer: "Trainer"):
-        return measure_loss(trainer.model, trainer.data.validation_batches(), trainer.device)
+        return measure_loss(trainer.model, _watched(trainer), trainer.device)
+
+
+def _watched(trainer: "Trainer") -> Iterator[Batch]:
+    """The validation batches, each a sign of life."""
+    for number, batch in enumerate(trainer.data.validation_batches()):
+        trainer.progress.alive(f"batch {number} of the validation")
+        yield batch
+    trainer.progress.alive("the end of the validation")
