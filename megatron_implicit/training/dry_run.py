@@ -64,6 +64,11 @@ def print_plan(config: Config) -> None:
     console.print(_assumptions(config))
 
 
+def count_on_meta(config: Config) -> dict[str, ComponentCount]:
+    """Parameters of a resolved configuration with a known vocabulary, by component; can be called once a process."""
+    return count_parameters(_build_on_meta(config))
+
+
 def _build_on_meta(config: Config) -> torch.nn.Module:
     """Rank 0's model of a layout that exists only in name: torch's fake process group answers for the other ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
