@@ -162,9 +162,14 @@ def _submission(
             "PYTHON": cluster.python or str(ROOT / ".venv" / "bin" / "python"),
             **({"CHAIN": str(options.chain)} if options.chain > 1 else {}),
         },
-        arguments=[[run.preset, *run.arguments] for run in runs],
+        arguments=[[_config_of(run, folder), *run.arguments] for run in runs],
     )  # fmt: skip
     return Submission(script, folder, folder / "code", runs)
+
+
+def _config_of(run: Run, folder: Path) -> str:
+    """A preset's name, or where another file is kept."""
+    return run.config_file.stem if run.is_preset else str(folder / "slurm" / run.config_file.name)
 
 
 def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: bool) -> None:
@@ -173,6 +178,9 @@ def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: b
         (submission.folder / folder).mkdir(parents=True, exist_ok=True)
     keep_code(ROOT, submission.code, update=update_code)
     shutil.copyfile(cluster.path, submission.folder / "slurm" / "cluster.env")
+    run = submission.runs[0]
+    if not run.is_preset:
+        shutil.copyfile(run.config_file, _config_of(run, submission.folder))
     (submission.folder / "slurm" / "job.sbatch").write_text(text, encoding="utf-8")
 
 

@@ -21,8 +21,8 @@ PRESETS = Path("launch/configs")
 class Run:
     """A run that is to be submitted."""
 
-    preset: str
-    """What the batch script is told: a preset's name or a YAML file."""
+    config_file: Path
+    """A preset, or another YAML file."""
     arguments: list[str]
     """launch/pretrain.py's besides --config, run.dir included."""
     config: Config
@@ -32,6 +32,11 @@ class Run:
     def folder(self) -> Path:
         """The run's."""
         return Path(self.config.run.dir)
+
+    @property
+    def is_preset(self) -> bool:
+        """Whether the configuration comes with the code."""
+        return self.config_file.parent.parts[-2:] == PRESETS.parts
 
 
 def find_config(preset: str, repository: Path) -> Path:
@@ -65,8 +70,7 @@ def plan_run(config_file: Path, folder: Path, arguments: Sequence[str], *, data:
     config.run.dir = str((repository / config.run.dir).resolve())
     config.data.path = str((repository / config.data.path).resolve())
     mine = [*_without(arguments, "run.dir", "data.path"), "--run.dir", config.run.dir, "--data.path", config.data.path]
-    builtin = config_file.parent == (repository / PRESETS).resolve()
-    return Run(config_file.stem if builtin else str(config_file), mine, config)
+    return Run(config_file, mine, config)
 
 
 def bounded_only(config_file: Path) -> list[str]:
