@@ -1,7 +1,7 @@
 """Distributed checkpoints: where they live, what they hold, how they are proven whole.
 
 ``layout`` names folders and moves ``latest``; ``integrity`` lists and checks files; ``store`` saves and loads through
-Megatron-Core's dist_checkpointing, on any tensor x data layout; ``fingerprint`` says which configuration changes would
+Megatron-Core's dist_checkpointing, on any tensor x pipeline x data layout; ``fingerprint`` says which configuration changes would
 alter a resumed run. May import everything up to ``models``.
 """
 

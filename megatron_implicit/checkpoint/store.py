@@ -1,4 +1,4 @@
-"""Saves and loads training state through Megatron-Core's dist_checkpointing, on any tensor x data layout."""
+"""Saves and loads training state through Megatron-Core's dist_checkpointing, on any tensor x pipeline x data layout."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch
 from megatron_implicit.errors import DivergedError, NonFiniteIterateError
@@ -32,7 +33,7 @@ class StepResult:
     learning_rate: float
     """Rate the step was taken with."""
     traces: list[SolveTrace] = field(default_factory=list)
-    """Solver statistics of this replica's microbatches, in order."""
+    """Solver statistics of this replica's microbatches, in order; known to its last pipeline stage."""
 
 
 class StepRunner:
@@ -79,7 +80,7 @@ class StepRunner:
             micro_batch_size=self._config.train.micro_batch_size,
             forward_only=False,
         )
-        loss = self._agreed_loss(step, [report["loss"] for report in reports], traces)
+        loss = self._agreed_loss(step, [report["loss"] for report in reports], traces, device)
         parts.scheduler.step(1)
         _, grad_norm, _ = parts.optimizer.step()
         if not math.isfinite(grad_norm or 0.0):
@@ -89,18 +90,25 @@ class StepRunner:
             )
         return StepResult(loss, float(grad_norm or 0.0), parts.optimizer.param_groups[0]["lr"], traces)
 
-    def _agreed_loss(self, step: int, losses: list[Tensor], traces: list[SolveTrace]) -> float:
-        """The mean loss over all replicas; every replica raises if an iterate of any is not finite."""
-        broken = [trace.broken_at.max() if trace.broken_at is not None else losses[0].new_zeros(()) for trace in traces]
-        worst = torch.stack(broken)
-        sums = torch.stack((torch.stack(losses).mean(), (worst > 0).any().to(losses[0].dtype)))
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        total, replicas_broken = sums.tolist()
+    def _agreed_loss(
+        self, step: int, losses: list[Tensor], traces: list[SolveTrace], device: torch.device
+    ) -> float:
+        """The mean loss over all replicas; every rank raises if an iterate of any replica is not finite.
+
+        ``losses`` and ``traces`` are what the last pipeline stage knows.
+        """
+        sums = torch.zeros(2, device=device)
+        if losses:
+            broken = [trace.broken_at.max() for trace in traces if trace.broken_at is not None]
+            any_broken = (torch.stack(broken) > 0).any() if broken else sums[1]
+            sums = torch.stack((torch.stack(losses).mean(), any_broken.to(losses[0].dtype)))
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        total, replicas_broken = from_last_stage(sums, parallel_state.get_pipeline_model_parallel_group()).tolist()
         if replicas_broken:
             for microbatch, trace in enumerate(traces):
                 if trace.broken_at is not None and bool(trace.broken_at.any()):
                     raise NonFiniteIterateError.of(trace.broken_at).at(step, microbatch)
-            raise DivergedError(f"step {step}: the iterate of another replica is not finite: see its message")
+            raise DivergedError(f"step {step}: the iterate of another rank is not finite: see its message")
         loss = total / parallel_state.get_data_parallel_world_size()
         if not math.isfinite(loss):
             raise DivergedError(
