@@ -42,6 +42,7 @@ def _parameters(config: Config) -> str:
     if config.model.vocab_size is None:
         return "parameters depend on the tokenizer's vocabulary"
     prepare_megatron()
-    from megatron_implicit.training.dry_run import count_on_meta
+    from megatron_implicit.training.memory_plan import plan_stages
 
-    return f"{sum(count.whole for count in count_on_meta(config).values()):,} parameters"
+    counts = [count for plan in plan_stages(config) for count in plan.counts.values()]
+    return f"{sum(count.whole for count in counts):,} parameters"
