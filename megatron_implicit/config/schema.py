@@ -124,6 +124,9 @@ class ParallelConfig:
     """Ranks that share each layer (tensor parallelism)."""
     pipeline: int = 1
     """Pipeline stages the layers are divided over."""
+    layers_per_stage: Optional[list[int]] = None
+    """Layers of each pipeline stage; None divides them evenly, the first stages taking what is left over, since the
+    last one also has the head."""
     context: int = 1
     """Ranks that share a sequence; only 1 is supported."""
     sequence: bool = False
