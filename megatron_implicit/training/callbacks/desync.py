@@ -63,12 +63,12 @@ def _compare(parameters: list[Tensor], names: list[str], group: dist.ProcessGrou
     different = (by_rank != by_rank[0]).any(dim=0).nonzero().flatten().tolist()
     if not different:
         return None
-    usual = by_rank[:, different[0]].mode().values
-    ranks = dist.get_process_group_ranks(group)
-    odd = [str(rank) for rank, value in zip(ranks, by_rank[:, different[0]]) if value != usual]
+    ranks, values = dist.get_process_group_ranks(group), by_rank[:, different[0]]
+    odd = [str(rank) for rank, value in zip(ranks, values) if value != values.mode().values]
+    whose = f" (rank {', '.join(odd)} from the others)" if len(ranks) > 2 else ""  # of two, either may be wrong
     return (
-        f"{len(different)} parameters, {names[different[0]]} first, differ between ranks {', '.join(map(str, ranks))} "
-        f"(rank {', '.join(odd)} from the others)"
+        f"{len(different)} of {len(names)} parameters, {names[different[0]]} first, differ between ranks "
+        f"{', '.join(map(str, ranks))}{whose}"
     )
 
 
