@@ -14,7 +14,7 @@ does next, as a pure function of the messages it got: the driver and the simulat
 driver asks of a stage's arithmetic. May import what ``models`` may, ``models``, ``telemetry`` and ``data``.
 """
 
-from megatron_implicit.schedules.compute import Outcome, StageCompute, TensorSpec
+from megatron_implicit.schedules.compute import Outcome, StageCompute
 from megatron_implicit.schedules.logic import StageLogic
 from megatron_implicit.schedules.protocol import Kind, Limits, Message, ProtocolError, StepPlan
 from megatron_implicit.schedules.recording import Recorder, TaskRecord
@@ -30,5 +30,4 @@ __all__ = [
     "StageLogic",
     "StepPlan",
     "TaskRecord",
-    "TensorSpec",
 ]
