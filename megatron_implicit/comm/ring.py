@@ -122,3 +122,28 @@ def make_ring(
                 tuple(ranks), list(ranks).index(rank), timeout.total_seconds(), headers, payloads, followers[rank]
             )
     return own
+
+
+_RING_OF_LAYOUT: Optional[tuple[dist.ProcessGroup, Ring]] = None
+"""The pipeline group that Megatron-Core's layout has and the ring made for it."""
+
+
+def ring_of_layout(timeout_minutes: float, *, host_payloads: bool) -> Ring:
+    """The ring of this process's pipeline in Megatron-Core's layout, made once; every process must call it."""
+    from megatron.core import parallel_state
+
+    global _RING_OF_LAYOUT
+    pipeline = parallel_state.get_pipeline_model_parallel_group()
+    if _RING_OF_LAYOUT is None or _RING_OF_LAYOUT[0] is not pipeline:
+        _RING_OF_LAYOUT = pipeline, make_ring(
+            _all_groups(pipeline), _all_groups(parallel_state.get_tensor_model_parallel_group()), timeout_minutes,
+            host_payloads=host_payloads,
+        )  # fmt: skip
+    return _RING_OF_LAYOUT[1]
+
+
+def _all_groups(own: dist.ProcessGroup) -> list[tuple[int, ...]]:
+    """The ranks of every process's group of this kind, each group once."""
+    groups: list[Optional[tuple[int, ...]]] = [None] * dist.get_world_size()
+    dist.all_gather_object(groups, tuple(dist.get_process_group_ranks(own)))
+    return sorted(set(groups))

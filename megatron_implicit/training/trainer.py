@@ -23,7 +23,7 @@ from megatron_implicit.training.curriculum import Curriculum, Phase
 from megatron_implicit.training.data import TrainingData
 from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.step import StepResult, StepRunner
-from megatron_implicit.training.validation import HeldOutLoss
+from megatron_implicit.training.validation import HeldOutLoss, measure_loss, measure_loss_over_stages
 
 EVENTS_FILE = "events.jsonl"
 
@@ -141,6 +141,16 @@ class Trainer:
         """Keeps the untrained model's held-out loss, the record of step 0."""
         self.initial_validation = loss
 
+    def measure_held_out(self) -> HeldOutLoss:
+        """The held-out loss as the model stands; every rank must call it."""
+        batches, train = self.data.validation_batches(), self.config.train
+        if self.config.parallel.pipeline == 1:
+            return measure_loss(self.model, batches, self.device)
+        return measure_loss_over_stages(
+            self._runner.forward_backward, self.model, batches, self.data.validation_microbatches,
+            (train.micro_batch_size, self.config.data.sequence_length), self.device,
+        )  # fmt: skip
+
     def event(self, kind: str, message: str) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""
         line = {
@@ -160,7 +170,7 @@ class Trainer:
         parameters = sum(p.numel() for p in self.model.parameters())
         layout = f"{dist.get_world_size()} processes, tensor {config.parallel.tensor}" + (
             " with sequence parallelism" if config.parallel.sequence else ""
-        )
+        ) + (f", pipeline {config.parallel.pipeline}" if config.parallel.pipeline > 1 else "")
         return "\n".join(
             (
                 f"{config.run.name}: {config.model.family}, {parameters:,} parameters on this rank, {layout}",
