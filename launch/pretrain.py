@@ -1,8 +1,8 @@
 """Pretrains a model: ``torchrun --nproc-per-node N launch/pretrain.py --config launch/configs/NAME.yaml [--KEY VALUE]``
 
-``--dry-run`` builds the model without allocating it and prints parameters, memory a rank and FLOPs a token.
-The same ``run.dir`` resumes; a new one with ``checkpoint.load`` branches. ``megatron_implicit/exits.py`` has its exit
-codes.
+Under srun (one task a rank) and mpirun it is the same command without torchrun. ``--dry-run`` builds the model without
+allocating it and prints parameters, memory a rank and FLOPs a token. The same ``run.dir`` resumes; a new one with
+``checkpoint.load`` branches. ``megatron_implicit/exits.py`` has its exit codes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.environment import enter  # noqa: E402
 from megatron_implicit import exits  # noqa: E402
 from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 
@@ -35,7 +36,7 @@ def main() -> None:
         code = error.exit_code
         _report(str(error))
     except OSError as error:
-        code = exits.FAILURE
+        code = exits.RESTART
         _report(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         code = exits.INTERRUPTED
@@ -44,12 +45,11 @@ def main() -> None:
     except SystemExit as end:
         code = end.code or exits.DONE
     except BaseException:
-        code = exits.FAILURE
+        code = exits.RESTART
         traceback.print_exc()
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # other ranks may wait in a collective: leave without joining them
+        exits.leave(code)  # other ranks may wait in a collective: leave without joining them
+    exits.record_exit(exits.DONE)
 
 
 def _report(message: str) -> None:
@@ -62,6 +62,7 @@ def _report(message: str) -> None:
 
 
 def _pretrain(arguments: list[str]) -> None:
+    enter()
     from megatron_implicit.comm.groups import place_from_environment, stop_process_group
     from megatron_implicit.device import prepare_megatron
 

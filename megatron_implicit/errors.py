@@ -76,3 +76,9 @@ class PipelineError(MegatronImplicitError):
 
 class LaunchError(MegatronImplicitError):
     """The machine or launcher does not provide what the run needs."""
+
+
+class MachineError(MegatronImplicitError):
+    """Ranks or machines that went wrong; another start, perhaps on other machines, may succeed."""
+
+    exit_code = exits.RESTART
