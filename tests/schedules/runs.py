@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 import threading
 import time
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Any, Callable, Optional
 
 import torch
 import torch.distributed as dist
@@ -13,10 +14,10 @@ import torch.distributed as dist
 from megatron_implicit.comm.agreement import Leadership
 from megatron_implicit.comm.channel import GroupChannel
 from megatron_implicit.comm.ring import Ring, make_ring
-from megatron_implicit.schedules import Outcome, StageLogic
+from megatron_implicit.schedules import Outcome, StageLogic, TaskRecord
 from megatron_implicit.schedules.driver import Driver
 from megatron_implicit.schedules.tape import StageTape
-from tests.schedules.rendezvous import Rendezvous
+from tests.schedules.rendezvous import Rendezvous, RendezvousChannel
 from tests.schedules.toy import Problem, Result, ToyStage, combine, without_schedule
 
 
@@ -52,35 +53,76 @@ class Delayed(StageTape):
             time.sleep(self._delays.random() ** 3 * self._slowest)
 
 
-def run_on_threads(problem: Problem, delay_seed: int = 0, slowest: float = 0.0, **options: Any) -> Result:
+@dataclass
+class ThreadRun:
+    """A step whose stages are threads of this process."""
+
+    problem: Problem
+    delay_seed: int = 0
+    slowest: float = 0.0
+    model: type[ToyStage] = ToyStage
+    before: Optional[Callable[[Rendezvous], None]] = None
+    """Does something to the links first."""
+    note_held: Optional[Callable[[int], None]] = None
+    """Gets the number of tensors a stage holds for its channel, after each of its tasks."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the channels."""
+    parts: dict[int, Any] = field(default_factory=dict)
+    errors: dict[int, BaseException] = field(default_factory=dict)
+
+    def run(self) -> "ThreadRun":
+        """Runs all stages to their end."""
+        ring = Rendezvous(self.problem.plan.stages)
+        if self.before:
+            self.before(ring)
+        threads = [threading.Thread(target=self._work, args=(ring, stage)) for stage in range(ring.stages)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return self
+
+    def _work(self, ring: Rendezvous, stage: int) -> None:
+        problem, model = self.problem, self.model(self.problem, stage)
+        delays = random.Random(self.delay_seed * 7 + stage)
+        tape = Delayed(problem.plan, stage, model, delays=delays, slowest=self.slowest)
+        channel = ring.channel(stage, self.delay_seed, slowest=self.slowest, **self.options)
+        ranks = tuple(range(ring.stages))
+        recorder = Held(channel, self.note_held) if self.note_held else None
+        driver = Driver(StageLogic(problem.plan, stage), tape, channel, Alone(), ranks, 20.0, recorder)
+        try:
+            self.parts[stage] = driver.run(), model.gradients()
+        except BaseException as error:
+            self.errors[stage] = error
+
+
+@dataclass
+class Held:
+    """A recorder that looks at the channel instead."""
+
+    channel: RendezvousChannel
+    note: Callable[[int], None]
+
+    def record(self, task: TaskRecord) -> None:
+        """After every task."""
+        self.note(self.channel.held)
+
+
+def run_on_threads(problem: Problem, delay_seed: int = 0, slowest: float = 0.0, note_held=None, **options) -> Result:
     """All stages in this process, a thread each.
 
     Raises:
-        the first stage's error that another did not cause.
+        the error of the first stage that has one.
     """
-    stages, ring = problem.plan.stages, Rendezvous(problem.plan.stages)
-    parts: list[Any] = [None] * stages
-    errors: dict[int, BaseException] = {}
+    run = ThreadRun(problem, delay_seed, slowest, note_held=note_held, options=options).run()
+    if run.errors:
+        raise run.errors[min(run.errors)]
+    return combine([run.parts[stage] for stage in range(problem.plan.stages)])
 
-    def work(stage: int) -> None:
-        model = ToyStage(problem, stage)
-        delays = random.Random(delay_seed * 7 + stage)
-        tape = Delayed(problem.plan, stage, model, delays=delays, slowest=slowest)
-        channel = ring.channel(stage, delay_seed, slowest=slowest, **options)
-        driver = Driver(StageLogic(problem.plan, stage), tape, channel, Alone(), tuple(range(stages)), timeout_s=20.0)
-        try:
-            parts[stage] = driver.run(), model.gradients()
-        except BaseException as error:
-            errors[stage] = error
 
-    threads = [threading.Thread(target=work, args=(stage,)) for stage in range(stages)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[min(errors)]
-    return combine(parts)
+def thread_errors(problem: Problem, **options: Any) -> dict[int, BaseException]:
+    """What each stage raised."""
+    return ThreadRun(problem, **options).run().errors
 
 
 def run_on_ring(ring: Ring, problem: Problem, delay_seed: int = 0, slowest: float = 0.0) -> Optional[Result]:
