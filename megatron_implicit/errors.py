@@ -65,6 +65,16 @@ class NonFiniteIterateError(MegatronImplicitError):
         )
 
 
+class LeaseLostError(MegatronImplicitError):
+    """Another job works on the run's folder now: this one may not write there any more."""
+
+
+class DesyncError(MegatronImplicitError):
+    """Ranks that should hold the same parameters do not: the memory of one of them, or its arithmetic, went wrong."""
+
+    exit_code = exits.RESTART
+
+
 class DivergedError(MegatronImplicitError):
     """The loss or the gradient is no longer finite."""
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_implicit.comm.agreement import FAREWELL_S
+from megatron_implicit.comm.leadership import FAREWELL_S
 from megatron_implicit.comm.ring import Direction, Ring
 
 HEADERS_KEPT = 16

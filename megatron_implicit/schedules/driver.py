@@ -19,7 +19,7 @@ from megatron_implicit.schedules.recording import Recorder, TaskRecord
 
 
 class Leader(Protocol):
-    """How the ranks that share a stage choose alike; see ``comm.agreement.Leadership``."""
+    """How the ranks that share a stage choose alike; see ``comm.leadership.Leadership``."""
 
     leads: bool
 

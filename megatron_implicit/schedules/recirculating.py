@@ -7,7 +7,7 @@ from typing import Any, Iterator, Optional
 import torch
 from torch import nn
 
-from megatron_implicit.comm.agreement import Leadership
+from megatron_implicit.comm.leadership import Leadership
 from megatron_implicit.comm.channel import GroupChannel, TensorSpec
 from megatron_implicit.comm.ring import Ring
 from megatron_implicit.schedules.driver import Driver

@@ -33,11 +33,6 @@ class SolveTrace:
         index = (self.iterations - 1).clamp(0, self.residuals.shape[-1] - 1).unsqueeze(-1).long()
         return self.residuals.gather(-1, index).squeeze(-1)
 
-    def cpu(self) -> "SolveTrace":
-        """The same trace in host memory."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return SolveTrace(**{name: value.cpu() if value is not None else None for name, value in values.items()})
-
     def token_quantiles(self) -> dict[str, float]:
         """Median, 90%, 99% and largest residual of the tokens this rank holds, at the last evaluation."""
         if self.token_residuals is None:

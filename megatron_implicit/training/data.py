@@ -55,11 +55,6 @@ class TrainingData:
         """This replica's microbatches from a consumed-sample count on, without end."""
         return read_batches(self._datasets.train, self._sampler, consumed_samples)
 
-    @property
-    def validation_microbatches(self) -> int:
-        """Number of ``validation_batches``."""
-        return self._validation_samples // self._sampler.global_batch_size * self._sampler.num_microbatches
-
     def validation_batches(self) -> Iterator[Batch]:
         """This replica's share of the validation samples, the same at every call."""
         step = self._sampler.global_batch_size

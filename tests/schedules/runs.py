@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional
 import torch
 import torch.distributed as dist
 
-from megatron_implicit.comm.agreement import Leadership
+from megatron_implicit.comm.leadership import Leadership
 from megatron_implicit.comm.channel import GroupChannel
 from megatron_implicit.comm.ring import Ring, make_ring
 from megatron_implicit.schedules import Outcome, StageLogic, TaskRecord

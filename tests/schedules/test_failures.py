@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_implicit.comm.agreement import Leadership
+from megatron_implicit.comm.leadership import Leadership
 from megatron_implicit.comm.channel import GroupChannel, Header
 from megatron_implicit.comm.ring import Direction, make_ring
 from megatron_implicit.errors import NonFiniteIterateError, PipelineError
