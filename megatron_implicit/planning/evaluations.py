@@ -58,7 +58,8 @@ class Evaluations:
 
 
 FREE = Evaluations(((8, 0.10), (10, 0.25), (12, 0.25), (14, 0.15), (17, 0.12), (20, 0.06), (24, 0.07)))
-"""Assumed of a phase that stops at a tolerance, mean 13.3: a made-up distribution with a tail at the cap. Measure it (evaluations in metrics.jsonl) and pass it instead."""
+"""Assumed of a phase that stops at a tolerance, mean 13.3: a made-up distribution with a tail at the cap.
+Measure it (evaluations in metrics.jsonl) and pass it instead."""
 
 
 def evaluations_of(solver: SolverConfig, free: Evaluations = FREE) -> Evaluations:

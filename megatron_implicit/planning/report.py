@@ -64,10 +64,11 @@ def _phase_dict(cost: PhaseCost) -> dict[str, Any]:
 
 
 def _headline(config: Config, cluster: Cluster) -> str:
+    model, train = config.model, config.train
     return (
-        f"{config.model.family} {config.model.size}, {config.train.precision}, {config.train.tokens / 1e9:,.1f}B tokens: "
-        f"{config.train.steps:,} steps of {config.train.global_batch_size} x {config.data.sequence_length}, "
-        f"on {cluster.nodes} x {cluster.devices} {cluster.device}"
+        f"{model.family} {model.size}, {train.precision}, {train.tokens / 1e9:,.1f}B tokens in {train.steps:,} steps of "
+        f"{train.global_batch_size} x {config.data.sequence_length}, on {cluster.nodes} x {cluster.devices} "
+        f"{cluster.device}"
     )
 
 
