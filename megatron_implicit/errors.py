@@ -81,7 +81,16 @@ class DivergedError(MegatronImplicitError):
 
 class PipelineError(MegatronImplicitError):
     """Pipeline stages lost each other: one died, gave up, or sent what it could not; names rank, stage, microbatch and
-    evaluation."""
+    evaluation.
+
+    Args:
+        message: the line.
+        restart: whether another start of the job may succeed.
+    """
+
+    def __init__(self, message: str, *, restart: bool = True) -> None:
+        super().__init__(message)
+        self.exit_code = exits.RESTART if restart else exits.FAILURE
 
 
 class LaunchError(MegatronImplicitError):

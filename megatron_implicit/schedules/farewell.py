@@ -107,4 +107,4 @@ class Farewell(Exception):
         task = str(self.task) if self.task is not None else "nothing yet"
         what = _WORDS[self.reason].format(place=self.place(self.about, ranks), task=task)
         here = "" if stage == self.about else f"{self.place(stage, ranks)} ends: "
-        return PipelineError(here + what)
+        return PipelineError(here + what, restart=self.reason is not Reason.NON_FINITE)
