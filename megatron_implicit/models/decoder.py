@@ -57,9 +57,11 @@ class StackDecoder(MegatronModule):
             states: of an inference solve over part of a sequence.
             weights: effective weights of an earlier pass, if the parameters have not changed since.
         """
-        if weights is None:
-            weights = {owner: owner() for owner in weight_owners(self)}
-        return Pass(weights=weights, states=states)
+        return Pass(weights=self.effective_weights() if weights is None else weights, states=states)
+
+    def effective_weights(self) -> Weights:
+        """What every pass needs of the parameters, until they change."""
+        return {owner: owner() for owner in weight_owners(self)}
 
     def evaluate(self, z: Tensor, bound_pass: Pass, rotary_pos_emb: Optional[Tensor] = None) -> Tensor:
         """One pass of F, [s or s/t, b, h] float32."""
@@ -92,7 +94,7 @@ class FixedPointDecoder(StackDecoder):
         self.solver, self.inference = solver, inference
         self.injection_norm = RMSNorm(config, config.hidden_size)
         self.injection = InjectionLinear(config, tp_group)
-        self._reduce = ResidualReducer(tp_group, sharded=config.sequence_parallel)
+        self.reduce = ResidualReducer(tp_group, sharded=config.sequence_parallel)
 
     def begin(self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None) -> Pass:
         """Effective weights, and u = W_inj · RMSNorm(e) + b once for all layers and evaluations."""
@@ -101,9 +103,19 @@ class FixedPointDecoder(StackDecoder):
             bound_pass.injection, _ = self.injection(self.injection_norm(embedding))
         return bound_pass
 
-    def start(self, embedding: Tensor, settings: SolveSettings) -> FixedPointSolve:
-        """A fresh solve from z0 = 0 for an embedding [s or s/t, b, h]."""
-        return FixedPointSolve(settings, torch.zeros_like(embedding, dtype=torch.float32).detach(), self._reduce)
+    def start(
+        self, embedding: Tensor, settings: SolveSettings, *, z0: Optional[Tensor] = None,
+        counting: Optional[Tensor] = None,
+    ) -> FixedPointSolve:  # fmt: skip
+        """A fresh solve for an embedding [s or s/t, b, h].
+
+        Args:
+            z0: [s, b, h] float32; None is 0.
+            counting: [s, b] bool, False where a token is padding; None counts all.
+        """
+        if z0 is None:
+            z0 = torch.zeros_like(embedding, dtype=torch.float32).detach()
+        return FixedPointSolve(settings, z0, self.reduce, counting)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, rotary_pos_emb: Optional[Tensor] = None, **_: Any

@@ -40,6 +40,10 @@ class SolveSettings:
     """Passes with gradient of ``gradient=phantom``."""
     phantom_damping: float
     """Damping of the passes with gradient."""
+    patience: int = 8
+    """Window solves: evaluations a token at the front may go without progress before it is accepted as it is."""
+    warm_start: bool = False
+    """Solves of part of a sequence: new tokens start from the iterate of the token before them instead of z0 = 0."""
 
     @property
     def reads_host(self) -> bool:
@@ -80,6 +84,8 @@ class SolveSettings:
             gradient="none",
             phantom_steps=0,
             phantom_damping=1.0,
+            patience=inference.patience,
+            warm_start=inference.warm_start,
         )
 
 
