@@ -1,7 +1,8 @@
 """Pretrains a model: ``torchrun --nproc-per-node N launch/pretrain.py --config launch/configs/NAME.yaml [--KEY VALUE]``
 
-``--dry-run`` builds the model without allocating it and prints parameters, memory a rank and FLOPs a token.
-The same ``run.dir`` resumes; a new one with ``checkpoint.load`` branches.
+Under srun (one task a rank) and mpirun it is the same command without torchrun. ``--dry-run`` builds the model without
+allocating it and prints parameters, memory a rank and FLOPs a token. The same ``run.dir`` resumes; a new one with
+``checkpoint.load`` branches. ``megatron_implicit/exits.py`` has its exit codes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron_implicit.errors import ConfigError, MegatronImplicitError  # noqa: E402
+from launch.environment import enter  # noqa: E402
+from megatron_implicit import exits  # noqa: E402
+from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 
-USAGE_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 PATIENCE_S = 10.0
 """What another rank waits before it reports an error: where all ranks have it, the launcher ends it meanwhile."""
 
@@ -24,31 +26,30 @@ PATIENCE_S = 10.0
 def main() -> None:
     """Runs the job; errors that a user can act on are one line, on the rank that has them."""
     arguments = sys.argv[1:]
-    code = 0
+    code = exits.DONE
     try:
         if "--dry-run" in arguments:
             _dry_run([argument for argument in arguments if argument != "--dry-run"])
         else:
             _pretrain(arguments)
     except MegatronImplicitError as error:
-        code = USAGE_ERROR if isinstance(error, ConfigError) else FAILURE
+        code = error.exit_code
         _report(str(error))
     except OSError as error:
-        code = FAILURE
+        code = exits.RESTART
         _report(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
-        code = INTERRUPTED
+        code = exits.INTERRUPTED
         if not int(os.environ.get("RANK", 0)):
             _report("interrupted: the same command goes on from the last checkpoint")
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code or exits.DONE
     except BaseException:
-        code = FAILURE
+        code = exits.RESTART
         traceback.print_exc()
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # other ranks may wait in a collective: leave without joining them
+        exits.leave(code)  # other ranks may wait in a collective: leave without joining them
+    exits.record_exit(exits.DONE)
 
 
 def _report(message: str) -> None:
@@ -61,6 +62,7 @@ def _report(message: str) -> None:
 
 
 def _pretrain(arguments: list[str]) -> None:
+    enter()
     from megatron_implicit.comm.groups import place_from_environment, stop_process_group
     from megatron_implicit.device import prepare_megatron
 

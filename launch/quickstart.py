@@ -22,6 +22,7 @@ import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from megatron_implicit import exits  # noqa: E402
 from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 from megatron_implicit.telemetry.metrics_file import read_metrics  # noqa: E402
 from megatron_implicit.telemetry.plots import write_plots  # noqa: E402
@@ -29,7 +30,6 @@ from megatron_implicit.telemetry.summary import PhaseSummary, RunSummary, summar
 
 CORPUS = ROOT / "launch" / "corpus"
 VOCABULARY = 4096
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(exits.INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from megatron_implicit.errors import ConfigError, MegatronImplicitError
-
-EXIT_FAILURE = 1
-EXIT_USAGE = 2
-EXIT_INCOMPLETE = 3
-"""Finished, but something of the input had to be left out."""
-EXIT_INTERRUPTED = 130
+from megatron_implicit import exits
+from megatron_implicit.errors import MegatronImplicitError
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -26,7 +21,7 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_USAGE, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(exits.USAGE, f"error: {message} (see {self.prog} --help)\n")
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -38,16 +33,16 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         code = main() or 0
         sys.stdout.flush()
     except MegatronImplicitError as error:
-        code = _complain(str(error), EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE)
+        code = _complain(str(error), error.exit_code)
     except BrokenPipeError:
         # The reader of our output left; let the interpreter close stdout without a second complaint.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILURE
+        code = exits.FAILURE
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        code = _complain(f"{error.strerror or error}{where}", EXIT_FAILURE)
+        code = _complain(f"{error.strerror or error}{where}", exits.FAILURE)
     except KeyboardInterrupt:
-        code = _complain("interrupted", EXIT_INTERRUPTED)
+        code = _complain("interrupted", exits.INTERRUPTED)
     sys.exit(code)
 
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_implicit import exits
+
 
 class MegatronImplicitError(Exception):
     """Base of every error a user can cause or must act on; its message names the thing and the remedy."""
 
+    exit_code = exits.FAILURE
+    """What a command ends with."""
+
 
 class ConfigError(MegatronImplicitError):
     """A configuration key, its value, and what would be accepted instead."""
+
+    exit_code = exits.USAGE
 
 
 class DataError(MegatronImplicitError):
@@ -60,3 +67,9 @@ class DivergedError(MegatronImplicitError):
 
 class LaunchError(MegatronImplicitError):
     """The machine or launcher does not provide what the run needs."""
+
+
+class MachineError(MegatronImplicitError):
+    """Ranks or machines that went wrong; another start, perhaps on other machines, may succeed."""
+
+    exit_code = exits.RESTART

@@ -31,7 +31,8 @@ from typing import TYPE_CHECKING
 
 import _bootstrap  # noqa: F401
 
-from megatron_implicit.cli import EXIT_INCOMPLETE, CommandParser, run_command
+from megatron_implicit import exits
+from megatron_implicit.cli import CommandParser, run_command
 
 if TYPE_CHECKING:
     from megatron_implicit.data.manifest import Manifest
@@ -103,7 +104,7 @@ def _prepare(arguments: argparse.Namespace) -> int | None:
     if arguments.output_dir:
         copy_tokenizer(arguments.tokenizer, arguments.output_dir)
     _say(arguments.output or arguments.output_dir, done.manifests, done.written, time.monotonic() - start)
-    return EXIT_INCOMPLETE if any(manifest.skipped for manifest in done.manifests) else 0
+    return exits.INCOMPLETE if any(manifest.skipped for manifest in done.manifests) else exits.DONE
 
 
 def _say(name: str, manifests: list[Manifest], written: int, seconds: float) -> None:
@@ -126,7 +127,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     start = time.monotonic()
     manifest = merge_datasets(all_prefixes(arguments.output_dir), arguments.merge)
     _say(arguments.merge, [manifest], 1, time.monotonic() - start)
-    return EXIT_INCOMPLETE if manifest.skipped else 0
+    return exits.INCOMPLETE if manifest.skipped else exits.DONE
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -142,7 +143,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         problems += found.problems
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    return 1 if problems else 0
+    return exits.FAILURE if problems else exits.DONE
 
 
 def _build_index(arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -19,11 +20,12 @@ from megatron_implicit.checkpoint import (
 from megatron_implicit.checkpoint.fingerprint import refuse_changes, refuse_other_model
 from megatron_implicit.checkpoint.layout import CONFIG_FILE, read_state
 from megatron_implicit.comm.groups import Place, start_model_parallel, start_process_group
+from megatron_implicit.comm.preflight import check_ranks
 from megatron_implicit.config import Config, load_config, save_config
 from megatron_implicit.config.load import peek_run_dir
 from megatron_implicit.config.validate import validate_world
 from megatron_implicit.device import current_platform
-from megatron_implicit.errors import CheckpointError, ConfigError, LaunchError
+from megatron_implicit.errors import CheckpointError, ConfigError, MachineError
 from megatron_implicit.models import build_model
 from megatron_implicit.training.callbacks import (
     Callback,
@@ -82,6 +84,7 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
     if saved is not None:
         (refuse_changes if resumed else refuse_other_model)(saved, config, str(source))
     start_process_group(place, config.parallel.timeout_minutes)
+    _warn_of_slow_ranks(place)
     _refuse_disagreement(source)
     start_model_parallel(config.parallel, config.train.seed)
     data = TrainingData(
@@ -105,16 +108,27 @@ def standard_callbacks(config: Config) -> list[Callback]:
     return [*faults, Validation(), Metrics(), Console(), Checkpointing(), Plots(), Events()]
 
 
+def _warn_of_slow_ranks(place: Place) -> None:
+    """Lets every rank compute and communicate a little before anything is built.
+
+    Raises:
+        MachineError: a rank is wrong.
+    """
+    for line in check_ranks(current_platform().device(place.local_rank), place.local_rank):
+        if place.rank == 0:
+            print(f"warning: pre-flight: {line}", file=sys.stderr, flush=True)
+
+
 def _refuse_disagreement(source: Optional[Path]) -> None:
     """Ranks look for the checkpoint on their own: on a shared file system one may see it later than another.
 
     Raises:
-        LaunchError: they found different ones.
+        MachineError: they found different ones.
     """
     found: list[Optional[str]] = [None] * dist.get_world_size()
     dist.all_gather_object(found, str(source))
     if len(set(found)) > 1:
-        raise LaunchError(f"ranks see different checkpoints ({', '.join(sorted(set(found)))}): start the job again")
+        raise MachineError(f"ranks see different checkpoints ({', '.join(sorted(set(found)))}): start the job again")
 
 
 def _next_attempt(config: Config) -> int:
