@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from pathlib import Path
-from typing import Any, Literal, Optional, Sequence
+from typing import Any, Literal, Optional, Sequence, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ prepare_megatron()
 from megatron_implicit.inference import InferenceSession, Mode, ModelOutput, Padding, SolveMode, evaluate  # noqa: E402
 from megatron_implicit.inference.generation import Generation, TokenStream  # noqa: E402
 from megatron_implicit.inference.sampling import GREEDY, Sampling  # noqa: E402
-from megatron_implicit.solver import SolveSettings  # noqa: E402
+from megatron_implicit.solver import ResidualNorm, SolveSettings  # noqa: E402
 from megatron_implicit.solver.settings import override  # noqa: E402
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
@@ -44,7 +44,7 @@ class PretrainedModel(nn.Module):
         mode: Mode = "simultaneous",
         chunk_size: Optional[int] = None,
         window_size: Optional[int] = None,
-        residual_norm: Literal["sample", "batch"] = "sample",
+        residual_norm: ResidualNorm = "sample",
         lengths: Optional[Sequence[int] | Tensor] = None,
         attention_mask: Optional[Tensor] = None,
         **solver_overrides: Any,
@@ -60,7 +60,9 @@ class PretrainedModel(nn.Module):
                 window (a sliding window of tokens iterates, and what has settled is committed behind it).
             chunk_size: tokens of a chunk in chunked mode.
             window_size: tokens of the window in window mode.
-            residual_norm: "sample", or "batch" for the reference's one norm over the whole batch.
+            residual_norm: "sample", over all tokens of a sample that are solved together; "batch" for the reference's
+                one norm over the whole batch; or "token": every token must reach the tolerance by itself, which makes
+                it mean the same in all modes.
             lengths: [b] tokens of each sample, where the rest of its row is padding at the end.
             attention_mask: [b, s] the same as a mask, 1 for tokens; the padding may come first instead.
             solver_overrides: values of the config's ``solver`` section in training, of ``inference`` in eval.
@@ -173,15 +175,17 @@ class PretrainedModel(nn.Module):
         if self.training:
             raise ConfigError(f"{what} belongs to an inference solve: call eval() first")
         if self.config.parallel.sequence:
-            raise ConfigError(
-                f"{what} passes states on and cannot shard the sequence: set parallel.sequence=false"
-            )
+            raise ConfigError(f"{what} passes states on and cannot shard the sequence: set parallel.sequence=false")
 
-    def _set_solver(self, norm: Literal["sample", "batch"], overrides: dict[str, Any]) -> None:
+    def _set_solver(self, norm: ResidualNorm, overrides: dict[str, Any]) -> None:
         if not self.config.implicit:
             if overrides:
                 raise ConfigError(f"{self.config.model.family} has no solver to override: drop {', '.join(overrides)}")
             return
+        if norm not in get_args(ResidualNorm):
+            raise ConfigError(f"residual_norm={norm!r} is unknown: use one of {', '.join(get_args(ResidualNorm))}")
+        if norm == "token" and self.config.parallel.sequence:
+            raise ConfigError("residual_norm='token' needs whole sequences on each rank: set parallel.sequence=false")
         decoder = self.model.decoder
         if self.training:
             decoder.solver = SolveSettings.training(override(self.config.solver, overrides), norm=norm)

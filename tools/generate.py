@@ -61,7 +61,7 @@ def _add_prompts(group: argparse._ArgumentGroup) -> None:
 def _add_sampling(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-tokens", type=int, default=128, metavar="N", help="for each prompt (default: 128)")
     group.add_argument("--cache-tokens", type=int, metavar="N",
-                       help="Llama: most tokens of a prompt and its continuation (default: what they need)")  # fmt: skip
+                       help="Llama: most tokens of a prompt and what follows it (default: as needed)")  # fmt: skip
     group.add_argument("--ignore-end", action="store_true", help="go on after the end of a text")
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default: 0)")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K most likely tokens")

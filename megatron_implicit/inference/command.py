@@ -56,7 +56,9 @@ class GenerateCommand:
             if (value := getattr(arguments, name)) is not None
         }  # fmt: skip
         if arguments.cache_tokens is not None and not lm.keeps_cache:
-            raise ConfigError(f"--cache-tokens has no meaning for {lm.config.model.family}, which has no cache: drop it")
+            raise ConfigError(
+                f"--cache-tokens has no meaning for {lm.config.model.family}, which has no cache: drop it"
+            )
         for name in ("max_tokens", "batch_size"):
             if getattr(arguments, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)} must be at least 1")
@@ -97,7 +99,8 @@ class GenerateCommand:
         for first in range(0, len(prompts), size):
             batch = prompts[first : first + size]
             stream = self._stream(batch, first)
-            self._show(stream, batch, [f"prompt {first + i + 1}" for i in range(len(batch))] if len(prompts) > 1 else [])
+            titles = [f"prompt {first + i + 1}" for i in range(len(batch))] if len(prompts) > 1 else []
+            self._show(stream, batch, titles)
             results += stream.generations
         self._write(results)
 

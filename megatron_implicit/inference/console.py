@@ -67,10 +67,10 @@ class GenerationPrinter:
         if not self._show_iterations or self._console.color_system is None:
             return
         line = Text("evaluations a token: ", style="dim")
-        for index, style in enumerate(_STYLES):
-            low = _BOUNDS[index - 1] + 1 if index else 1
-            words = f"{low}+" if index == len(_BOUNDS) else str(low) if low == _BOUNDS[index] else f"{low}–{_BOUNDS[index]}"
-            line.append(f"{words} ", style=style)
+        lows = [1, *(bound + 1 for bound in _BOUNDS)]
+        for low, high, style in zip(lows, _BOUNDS, _STYLES):
+            line.append(f"{low} " if low == high else f"{low}–{high} ", style=style)
+        line.append(f"{lows[-1]}+", style=_STYLES[-1])
         self._console.print(line, soft_wrap=True)
 
     def _print(self, text: str) -> None:

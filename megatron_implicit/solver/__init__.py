@@ -12,8 +12,8 @@ training solve from an inference solve; ``trace`` what a solve reports. May impo
 
 from megatron_implicit.solver.loop import drive
 from megatron_implicit.solver.machine import Decision, FixedPointSolve, Step
-from megatron_implicit.solver.settings import SolveSettings
+from megatron_implicit.solver.settings import ResidualNorm, SolveSettings
 from megatron_implicit.solver.trace import SolveTrace
 from megatron_implicit.solver.window import WindowSolve
 
-__all__ = ["Decision", "FixedPointSolve", "SolveSettings", "SolveTrace", "Step", "WindowSolve", "drive"]
+__all__ = ["Decision", "FixedPointSolve", "ResidualNorm", "SolveSettings", "SolveTrace", "Step", "WindowSolve", "drive"]

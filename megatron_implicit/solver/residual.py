@@ -19,7 +19,8 @@ class Residual:
     """Relative residuals of one evaluation."""
 
     sample: Tensor
-    """[b], reduced over the ranks that shard the iterate; every entry the same under the batch norm."""
+    """[b], reduced over the ranks that shard the iterate; every entry the same under the batch norm, that of the most
+    restless token under the token norm."""
     token: Tensor
     """[s, b] of the tokens this rank holds."""
 
@@ -36,6 +37,9 @@ def relative_residual(
         reduce: sums the squares over the ranks that share the iterate.
         counting: [s, b] 1 for a token of the sample, 0 for its padding; None counts all.
     """
+    if settings.norm == "token":
+        token = token_residual(image, iterate, settings, reduce)
+        return Residual(sample=(token if counting is None else token * counting).amax(0), token=token)
     difference, size = _token_norms(image, iterate, settings)
     if counting is not None:
         difference, size = difference * counting, size * counting
