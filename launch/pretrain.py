@@ -31,7 +31,7 @@ def main() -> None:
         if "--dry-run" in arguments:
             _dry_run([argument for argument in arguments if argument != "--dry-run"])
         else:
-            _pretrain(arguments)
+            code = _pretrain(arguments)
     except MegatronImplicitError as error:
         code = error.exit_code
         _report(str(error))
@@ -61,7 +61,7 @@ def _report(message: str) -> None:
     print(f"error: {place}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def _pretrain(arguments: list[str]) -> None:
+def _pretrain(arguments: list[str]) -> int:
     enter()
     from megatron_implicit.comm.groups import place_from_environment, stop_process_group
     from megatron_implicit.device import prepare_megatron
@@ -71,8 +71,10 @@ def _pretrain(arguments: list[str]) -> None:
 
     place = place_from_environment()
     config = configure(arguments, prog="launch/pretrain.py")
-    open_session(config, place).run()
+    trainer = open_session(config, place)
+    trainer.run()
     stop_process_group()
+    return exits.REQUEUE if trainer.interrupted else exits.DONE
 
 
 def _dry_run(arguments: list[str]) -> None:

@@ -57,8 +57,18 @@ class CapacityError(MegatronImplicitError):
     def __init__(self, *, needed: int, capacity: int, what: str = "") -> None:
         self.needed, self.capacity = needed, capacity
         super().__init__(
-            f"{what}{needed} tokens do not fit the cache of {capacity} tokens: shorten the prompt or make the cache larger"
+            f"{what}{needed} tokens do not fit the cache of {capacity}: shorten the prompt or make the cache larger"
         )
+
+
+class LeaseLostError(MegatronImplicitError):
+    """Another job works on the run's folder now: this one may not write there any more."""
+
+
+class DesyncError(MegatronImplicitError):
+    """Ranks that should hold the same parameters do not: the memory of one of them, or its arithmetic, went wrong."""
+
+    exit_code = exits.RESTART
 
 
 class DivergedError(MegatronImplicitError):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_implicit.inference.session import SIMULTANEOUS, InferenceSession, SolveMode
 from megatron_implicit.models.decoder import FixedPointDecoder
+from megatron_implicit.models.language import rotary_angles
 from megatron_implicit.solver import SolveTrace, drive
 
 
@@ -45,8 +46,7 @@ def evaluate(
         return _output(model, solved.hidden, solved.trace)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
         embedding = model.embedding(input_ids, None)
-        rotary = getattr(model, "rotary_pos_emb", None)
-        angles = rotary(input_ids.shape[1]) if rotary is not None else None
+        angles = rotary_angles(model, input_ids.shape[1])
         if lengths is None:
             z = model.decoder(embedding, rotary_pos_emb=angles)
             return _output(model, z, model.decoder.trace)

@@ -115,7 +115,7 @@ class TokenStream:
         return [GeneratedToken(*entry) for entry in zip(self._running, tokens, *zip(*numbers))]
 
     def _last(self, values: Tensor) -> list:
-        """By sample of a trace by sample, or of its last token where the trace is by token (of prompts, all running)."""
+        """By sample of a trace by sample, or of its last token where the trace is by token (prompts)."""
         if values.ndim == 1:
             return values.tolist()
         ends = torch.tensor([len(generation.prompt) - 1 for generation in self.generations], device=values.device)

@@ -16,6 +16,7 @@ from megatron_implicit.inference.states import SolveStates
 from megatron_implicit.inference.trace import merge_by_token
 from megatron_implicit.layers.passes import Pass
 from megatron_implicit.models.decoder import FixedPointDecoder
+from megatron_implicit.models.language import rotary_angles
 from megatron_implicit.solver import SolveSettings, SolveTrace, drive
 
 Mode = Literal["simultaneous", "sequential", "chunked", "window"]
@@ -82,15 +83,15 @@ class InferenceSession:
         self.implicit = isinstance(self.decoder, FixedPointDecoder)
         self.settings = settings or (self.decoder.inference if self.implicit else None)
         self.device = next(model.parameters()).device
-        rotary = getattr(model, "rotary_pos_emb", None)
-        if rotary is not None and (capacity is None or capacity < 1):
+        has_attention = getattr(model, "rotary_pos_emb", None) is not None
+        if has_attention and (capacity is None or capacity < 1):
             raise ConfigError(f"capacity={capacity} must be a number of tokens: attention keeps them in a cache")
-        self.capacity = capacity if rotary is not None else None
+        self.capacity = capacity if has_attention else None
         """Most tokens of a sample; None where there is no limit."""
         self.states = SolveStates(batch, self.capacity, self.device)
         self._weights = self.decoder.effective_weights()
         self._last = torch.zeros(batch, model.config.hidden_size, device=self.device)
-        self._angles = rotary(capacity + 1).to(self.device) if rotary is not None else None
+        self._angles = rotary_angles(model, capacity + 1) if has_attention else None
 
     @property
     def positions(self) -> list[int]:

@@ -36,9 +36,8 @@ def find_tokenizer(folder: Path, data: DataConfig, given: Optional[str] = None) 
     try:
         return open_tokenizer(data)
     except (DataError, OSError):
-        raise DataError(
-            f"no tokenizer in {folder} or with the data at {data.tokenizer or data.path}: name its file with --tokenizer"
-        ) from None
+        place = data.tokenizer or data.path
+        raise DataError(f"no tokenizer in {folder} or with the data at {place}: name its file with --tokenizer") from None
 
 
 class TextStream:

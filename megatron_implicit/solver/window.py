@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_implicit.errors import NonFiniteIterateError
-from megatron_implicit.solver.machine import STAGNATION_PROGRESS, Decision, FixedPointSolve, Step, Answers
+from megatron_implicit.solver.machine import STAGNATION_PROGRESS, Answers, Decision, FixedPointSolve, Step
 from megatron_implicit.solver.residual import Reduce, token_residual
 from megatron_implicit.solver.settings import SolveSettings
 from megatron_implicit.solver.trace import SolveTrace
