@@ -146,6 +146,7 @@ def _validate_llama(config: Config) -> None:
 def _validate_parallel(config: Config) -> None:
     parallel = config.parallel
     _positive("parallel", parallel, "tensor", "pipeline", "context", "timeout_minutes", "microbatches_in_flight")
+    _one_of("parallel", parallel, "pipeline_transport")
     _require(
         not parallel.sequence or parallel.tensor > 1,
         f"parallel.sequence=true needs parallel.tensor > 1, not {parallel.tensor}: drop it or raise parallel.tensor",
@@ -225,6 +226,7 @@ def validate_inference(section: str, inference: InferenceConfig) -> None:
     )
     _require(inference.tolerance >= 0, f"{section}.tolerance={inference.tolerance} must not be negative")
     _require(0 < inference.damping <= 1, f"{section}.damping={inference.damping} must lie in (0, 1]")
+    _positive(section, inference, "patience")
 
 
 def _validate_data(config: Config) -> None:

@@ -24,7 +24,7 @@ from megatron_implicit.training.health import Action, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.step import StepResult, StepRunner
-from megatron_implicit.training.validation import HeldOutLoss
+from megatron_implicit.training.validation import HeldOutLoss, measure_loss
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,9 @@ class Trainer:
         self.health.load_state_dict(state.health)
         self._agreement = Agreement()
         self._curriculum = Curriculum(config)
-        self._runner = StepRunner(config, parts, self.health, self._after_backward, self._report_health)
+        self._runner = StepRunner(
+            config, parts, self.health, self._after_backward, self._report_health, self.progress.alive
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -191,6 +193,12 @@ class Trainer:
     def record_initial_validation(self, loss: HeldOutLoss) -> None:
         """Keeps the untrained model's held-out loss, the record of step 0."""
         self.initial_validation = loss
+
+    def measure_held_out(self) -> HeldOutLoss:
+        """The held-out loss as the model stands; every rank must call it."""
+        return measure_loss(
+            self.model, self.data.validation_batches(), self.device, self._runner.forward_backward, self.progress.alive
+        )
 
     def event(self, kind: str, message: str) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""
