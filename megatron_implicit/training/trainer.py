@@ -176,7 +176,7 @@ class Trainer:
         """Rank 0 says what was wrong with a step and what is done about it."""
         if dist.get_rank() == 0:
             done = {Action.ACCEPT: "the update is made"}.get(verdict.action, verdict.action.name.lower())
-            self.warn(verdict.findings[0].kind, f"step {step}: {verdict.text}: {done}")
+            self.folder.warn(verdict.findings[0].kind, f"step {step}: {verdict.text}: {done}", step)
 
     def saved_state(self) -> TrainingState:
         """The state with every callback's, for a checkpoint."""
