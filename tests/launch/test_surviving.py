@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import time
@@ -112,3 +113,26 @@ def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_all(runs: Runs) -> No
 
 def _state(step_folder: Path) -> dict:
     return json.loads((step_folder / "state.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.acceptance
+def test_ranks_killed_at_random_moments_cost_at_most_the_steps_since_the_last_checkpoint(runs: Runs) -> None:
+    settings = (*TENSOR, "--train.steps", "40", "--checkpoint.save_every", "4")
+    straight = runs.launch("unhurt", *settings, processes=2)
+    assert [job.code for job in straight.wait()] == [exits.DONE] * 2
+    generator, deaths = random.Random(7), 0
+    while True:
+        job = runs.launch("killed", *settings, processes=2)
+        try:
+            if deaths < 10:
+                runs.wait_for_step("killed", min(36, 4 * deaths + 1))
+                time.sleep(generator.uniform(0, 0.5))
+                job.processes[generator.randrange(2)].kill()
+                deaths += 1
+            codes = {done.code for done in job.wait()}
+        finally:
+            job.kill()
+        if codes == {exits.DONE}:
+            break
+        assert codes <= {-signal.SIGKILL, exits.RESTART}
+    assert runs.numbers("killed") == runs.numbers("unhurt")
