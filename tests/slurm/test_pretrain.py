@@ -56,7 +56,10 @@ def stories(cluster: Cluster, runs: SubmittedRuns) -> dict[str, Story]:
     stories = {
         "whole": Story(),
         "asked": Story(events=[(4, ask_to_stop)]),
-        "killed": Story(["--chain", "2"], [(4, kill_last_rank), (10, kill_everything)]),
+        # Written while training waits: a checkpoint that is being written in the background dies with the job.
+        "killed": Story(
+            ["--chain", "2", "--checkpoint.asynchronous", "false"], [(4, kill_last_rank), (10, kill_everything)]
+        ),
         "cancelled": Story(events=[(2, cancel)]),
     }
     for name, story in stories.items():
@@ -88,16 +91,6 @@ def _is_over(cluster: Cluster, job: str) -> bool:
     return cluster.state(job)[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
-def redone_steps(runs: SubmittedRuns, name: str) -> list[int]:
-    """How many steps each attempt repeated of what the one before had done."""
-    redone, last = [], None
-    for entry in runs.entries(name):
-        if last is not None and entry["attempt"] != last["attempt"]:
-            redone.append(last["step"] - entry["step"] + 1)
-        last = entry
-    return redone
-
-
 def test_the_shipped_script_trains_over_two_nodes_and_leaves_one_folder(
     runs: SubmittedRuns, stories: dict[str, Story]
 ) -> None:
@@ -117,7 +110,7 @@ def test_a_run_asked_to_stop_before_its_limit_saves_and_is_requeued_and_loses_no
     assert stories["asked"].ends == [("COMPLETED", "0:0")], log
     assert "asking the ranks to save and end" in log and "ended with code 75" in log and "requeued as attempt 1" in log
     assert log.count("ranks on n[1-2]") == 2  # one log over all attempts
-    assert redone_steps(runs, "asked") == [0]
+    assert runs.redone("asked") == [0]
     assert runs.curve("asked") == runs.curve("whole")
 
 
@@ -128,7 +121,7 @@ def test_a_run_whose_rank_and_then_whose_job_is_killed_goes_on_by_itself(
     first, second = stories["killed"].ends
     assert first[0] == "FAILED" and second == ("COMPLETED", "0:0"), log
     assert "requeued as attempt 1" in log
-    redone = redone_steps(runs, "killed")
+    redone = runs.redone("killed")
     assert len(redone) == 2 and all(0 <= steps <= SAVE_EVERY for steps in redone)
     assert runs.curve("killed") == runs.curve("whole")
 
