@@ -1,15 +1,13 @@
-"""What a run is and what it costs, in a few lines: the head of every batch script."""
+"""What a run is and what it costs, in a few lines: the head of every batch script.
+
+Models and plans are imported where they are needed: with torch they take seconds on a login node.
+"""
 
 from __future__ import annotations
 
 from megatron_implicit.config import Config
 from megatron_implicit.config.resolve import solver_of_phase
-from megatron_implicit.device import prepare_megatron
-from megatron_implicit.device.peaks import DEVICE_PEAKS, device_peak
 from megatron_implicit.errors import LaunchError
-from megatron_implicit.planning.cluster import Cluster as Devices
-from megatron_implicit.planning.layouts import layout_of
-from megatron_implicit.planning.plan import Planner
 
 from launch.slurm.cluster import Cluster
 
@@ -48,6 +46,11 @@ def _cost(config: Config, cluster: Cluster, nodes: int, start: float) -> str:
     """GPU hours as tools/plan_run.py predicts them, by phase."""
     if not cluster.gpus or not cluster.accelerator or config.model.vocab_size is None:
         return "no estimate of GPU hours: it takes ACCELERATOR in cluster.env and a known vocabulary"
+    from megatron_implicit.device.peaks import DEVICE_PEAKS, device_peak
+    from megatron_implicit.planning.cluster import Cluster as Devices
+    from megatron_implicit.planning.layouts import layout_of
+    from megatron_implicit.planning.plan import Planner
+
     if device_peak(cluster.accelerator) is None:
         names = ", ".join(peak.name for peak in DEVICE_PEAKS)
         raise LaunchError(f"{cluster.path}: ACCELERATOR={cluster.accelerator} is not known; known are {names}")
@@ -82,6 +85,8 @@ def _phases(config: Config) -> str:
 def _parameters(config: Config) -> str:
     if config.model.vocab_size is None:
         return "parameters depend on the tokenizer's vocabulary"
+    from megatron_implicit.device import prepare_megatron
+
     prepare_megatron()
     from megatron_implicit.training.memory_plan import plan_stages
 

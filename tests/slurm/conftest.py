@@ -64,7 +64,8 @@ class SubmittedRuns:
 
     def log(self, name: str) -> str:
         """What the jobs of a run wrote."""
-        return (self.folder / "runs" / name / "logs" / "slurm.out").read_text()
+        path = self.folder / "runs" / name / "logs" / "slurm.out"
+        return path.read_text() if path.exists() else ""
 
     def entries(self, name: str) -> list[dict[str, Any]]:
         """All lines of a run's metrics."""
