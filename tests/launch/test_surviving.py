@@ -91,7 +91,7 @@ def test_an_orphan_is_refused_by_the_lease(runs: Runs) -> None:
         job = orphan.wait()[0]
     finally:
         orphan.kill()
-    assert job.code == exits.FAILURE
+    assert job.code == exits.USAGE
     assert len(job.errors) == 1 and "is held by attempt 1" in job.errors[0], job.output
     assert record(runs, "orphaned") == before
     refused = [json.loads(line) for line in (runs.folder / "orphaned/logs/refused.jsonl").read_text().splitlines()]
