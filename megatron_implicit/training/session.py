@@ -38,7 +38,6 @@ from megatron_implicit.training.callbacks import (
     Metrics,
     Plots,
     Validation,
-    Watchdog,
 )
 from megatron_implicit.training.data import TrainingData, open_run_tokenizer
 from megatron_implicit.training.optimizer import TrainingParts, keeping_hyperparameters, prepare_training
@@ -111,7 +110,7 @@ def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
     return [
-        Watchdog(config.health.hang_minutes), Interruption(config.run), *faults, Validation(), Metrics(), Console(),
+        Interruption(config.run), *faults, Validation(), Metrics(), Console(),
         Desync(), Checkpointing(), Plots(), Events(),
     ]  # fmt: skip
 
