@@ -1,4 +1,4 @@
-"""Token embedding and tied output head over a vocabulary that need not divide by the tensor group.
+"""Token embedding and output head, tied or not, over a vocabulary that need not divide by the tensor group.
 
 Each rank stores only its logical rows; the head appends zero rows where slices must be equal, and sets the logits of
 those rows to -inf, so that they are outside the softmax and get exactly no gradient.
@@ -44,16 +44,21 @@ class VocabularyEmbedding(Placed, VocabParallelEmbedding):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """N(0, embedding_init_std), drawn for the whole vocabulary on every rank."""
-        whole = torch.empty(self.partition.logical, self.weight.shape[1]).normal_(0, self.init_std, generator=generator)
-        self.weight.copy_(whole[self.partition.start : self.partition.stop])
+        _draw_rows(self.weight, self.partition, self.init_std, generator)
 
     def placement(self, name: str) -> Placement:
         """Rows of the logical vocabulary."""
         return Placement(0, self.partition)
 
 
-class VocabularyHead(ColumnParallelLinear):
-    """logits = z · Emb^T: the tied head, without bias and without a norm of its own."""
+@torch.no_grad()
+def _draw_rows(weight: Tensor, rows: Partition, std: float, generator: torch.Generator) -> None:
+    whole = torch.empty(rows.logical, weight.shape[1]).normal_(0, std, generator=generator)
+    weight.copy_(whole[rows.start : rows.stop])
+
+
+class VocabularyHead(Placed, ColumnParallelLinear):
+    """logits = z · W^T, without bias and without a norm of its own; W is the embedding, or untied a weight of its own."""
 
     def __init__(self, config: StackConfig, tp_group: dist.ProcessGroup) -> None:
         rows = vocabulary_partition(config, tp_group)
@@ -62,17 +67,29 @@ class VocabularyHead(ColumnParallelLinear):
             bias=False, skip_weight_param_allocation=True, tp_group=tp_group,
         )  # fmt: skip
         self.partition, self.dtype = rows, config.params_dtype
+        self.tied, self.init_std = config.tie_embeddings, config.embedding_init_std
+        if not self.tied:
+            self.weight = Parameter(torch.empty(rows.size, config.hidden_size, dtype=config.params_dtype))
+            mark_sharded(self.weight, 0)
 
     def forward(self, hidden: Tensor, weight: Optional[Tensor] = None, runtime_gather_output: Optional[bool] = None):
-        """[s or s/t, b, h] and the embedding's local rows -> ([s, b, computed local rows], None)."""
+        """[s or s/t, b, h] and the embedding's local rows (unused by an untied head) -> ([s, b, computed local rows],
+        None)."""
+        weight = weight if self.tied else self.weight
         padding = self.partition.padding
         padded = F.pad(weight, (0, 0, 0, padding)) if padding else weight
         logits, _ = super().forward(hidden.to(self.dtype), weight=padded, runtime_gather_output=False)
         return (_HidePaddedLogits.apply(logits, padding) if padding else logits), None
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
-        """Nothing: the weight is the embedding's."""
-        return {}
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """An untied head is drawn as the embedding is."""
+        if not self.tied:
+            _draw_rows(self.weight, self.partition, self.init_std, generator)
+
+    def placement(self, name: str) -> Placement:
+        """Rows of the logical vocabulary."""
+        return Placement(0, self.partition)
 
 
 class _HidePaddedLogits(torch.autograd.Function):

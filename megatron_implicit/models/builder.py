@@ -46,7 +46,7 @@ def _build_megatron_model(config: Config, settings: StackConfig, groups: Any) ->
     common = dict(
         vocab_size=settings.tensor_model_parallel_size,
         max_sequence_length=config.data.sequence_length,
-        share_embeddings_and_output_weights=True,
+        share_embeddings_and_output_weights=settings.tie_embeddings,
         pg_collection=groups,
     )
     if config.architecture == "mamba2":

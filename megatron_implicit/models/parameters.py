@@ -10,6 +10,7 @@ from megatron_implicit.layers.sharding import placed_parameters
 
 COMPONENTS = {
     "embedding": "embedding and tied head",
+    "output_layer": "untied head",
     "injection": "injection",
     "in_proj": "input projections",
     "linear_qkv": "query, key, value",
