@@ -43,6 +43,8 @@ class TrainingState:
     """Checkpoint the run branched off."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """State of each callback, by its name."""
+    weights_only: bool = False
+    """The checkpoint came from a conversion: a run starts from its weights, with everything else new."""
 
 
 def save_checkpoint(

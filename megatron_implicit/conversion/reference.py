@@ -24,6 +24,7 @@ from megatron_implicit.models.initialisation import named_modules_globally
 _LAYER = re.compile(r"^decoder\.map\.stack\.layers\.(\d+)\.(.+)$")
 _DIRECT = {
     "embedding.word_embeddings.weight": "word_emb.emb.weight",
+    "output_layer.weight": "lm_head.weight",
     "decoder.injection_norm.weight": "backbone.injection_norm.weight",
     "decoder.map.final_norm.weight": "backbone.norm_f.weight",
 }
@@ -45,7 +46,7 @@ _SECTION = re.compile(r"^(.+?)(?:\.rows)?\.sections\.(\w+)$")
 _MODULE_A_SECTION = {"self_attention.linear_qkv": "mixer.w{}", "mlp.linear_fc1": "mlp.{}"}
 _ROWS_A_SECTION = {"mixer.in_proj": ("mixer.in_proj", "mamba_in"), "mixer.conv1d": ("mixer.conv1d", "mamba_conv")}
 TIED_KEYS = ("criterion.decoder.weight", "lm_head.weight")
-"""Keys that only repeat the embedding."""
+"""Keys that only repeat the embedding of a tied model."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def gather_reference(
         whole = _gather(value(slot.parameter), slot.placement, model.decoder.tp_group)
         pieces.setdefault(slot.key, []).append((slot.rows.start if slot.rows else 0, whole))
     return {
-        key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]))
+        key: _as_reference(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]))
         for key, parts in pieces.items()
     }
 
@@ -188,10 +189,15 @@ def _gather(local: Tensor, placement: Optional[Placement], group: Any) -> Tensor
     return torch.cat(shards, dim=axis).narrow(axis, 0, part.logical)
 
 
-def _reference_shape(key: str, tensor: Tensor) -> Tensor:
+def _as_reference(key: str, tensor: Tensor) -> Tensor:
+    return tensor.view(reference_shape(key, tuple(tensor.shape)))
+
+
+def reference_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The reference's shape of one of our tensors: gains are vectors here and columns there."""
     if not key.endswith("weight_g"):
-        return tensor
-    return tensor.view(-1, 1, 1) if "conv1d" in key else tensor.view(-1, 1)
+        return shape
+    return (shape[0], 1, 1) if "conv1d" in key else (shape[0], 1)
 
 
 # ---------------------------------------------------------------- config.json
@@ -204,14 +210,36 @@ def config_from_reference(reference: dict[str, Any], source: str) -> Config:
         ConfigError, CheckpointError: the file lacks a field or describes a model we do not build.
     """
     try:
+        _refuse_other_models(reference, source)
         return config_from_dict(_sections_from_reference(reference))
     except KeyError as error:
         raise CheckpointError(f"{source}: config.json lacks {error.args[0]!r}") from None
 
 
+_BLOCKS = {"mamba2": "mamba2", "transformer": "llama"}
+_BUILT = (
+    ("backbone_config", "pre_norm", True), ("backbone_config", "rms_norm", True),
+    ("backbone_config", "mlp_type", "llama_mlp"), ("deq_params.norm", "norm_type", "weight_norm"),
+    ("deq_params.norm", "norm_clip", False), ("deq_params.norm", "norm_no_scale", False), ("", "head_bias", False),
+)  # fmt: skip
+"""Section, key and the one value of it that we build."""
+
+
+def _refuse_other_models(reference: dict[str, Any], source: str) -> None:
+    for section, key, value in _BUILT:
+        place = reference
+        for name in filter(None, section.split(".")):
+            place = place.get(name) or {}
+        if place.get(key, value) != value:
+            raise CheckpointError(f"{source}: {f'{section}.{key}'.lstrip('.')}={place[key]} is not supported: only {value} is")
+    block = reference["backbone_config"]["block_type"]
+    if block not in _BLOCKS:
+        raise CheckpointError(f"{source}: block_type={block} is not supported: only {', '.join(_BLOCKS)} are")
+
+
 def _sections_from_reference(reference: dict[str, Any]) -> dict[str, Any]:
     backbone = reference["backbone_config"]
-    architecture = "mamba2" if backbone["block_type"] == "mamba2" else "llama"
+    architecture = _BLOCKS[backbone["block_type"]]
     width, block = backbone["d_model"], backbone.get("block_cfg", {})
     model: dict[str, Any] = {
         "family": f"{reference['backbone_type']}_{architecture}",
@@ -220,6 +248,7 @@ def _sections_from_reference(reference: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": width,
         "vocab_size": _padded_vocabulary(reference),
         "embedding_init_std": reference.get("emb_init_std", 0.01),
+        "tie_embeddings": reference.get("tie_embeddings", True),
     }
     if architecture == "mamba2":
         model |= {

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_implicit.checkpoint import (
     CheckpointFolder,
     TrainingState,
+    load_model_weights,
     load_training_state,
     locate_checkpoint,
     read_checkpoint_config,
@@ -134,6 +135,11 @@ def _restore(
     config: Config, source: Path, parts: TrainingParts, data: TrainingData, *, branch: bool
 ) -> tuple[TrainingState, Origin]:
     state = TrainingState(**read_state(source))
+    if state.weights_only:
+        load_model_weights(parts.model.module, source)
+        parts.optimizer.reload_model_params()
+        fresh = TrainingState(data_fingerprint=data.fingerprint, parent=str(source))
+        return fresh, Origin("start", f"from the weights of {source}")
     if state.data_fingerprint != data.fingerprint and not branch:
         raise CheckpointError(
             f"data.path={config.data.path} does not hold the data {source} was trained on: point data.path to it, or "
