@@ -170,6 +170,7 @@ def _for_this_job(config: Config, precision: str, world_size: int) -> Config:
         config, parallel=dataclasses.replace(config.parallel), train=dataclasses.replace(config.train)
     )
     config.parallel.tensor, config.parallel.pipeline, config.parallel.sequence = world_size, 1, False
+    config.parallel.layers_per_stage = [config.model.num_layers]
     config.train.precision = precision
     from megatron_implicit.config.validate import validate
 

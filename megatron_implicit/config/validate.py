@@ -18,11 +18,13 @@ def validate(config: Config) -> None:
     """
     _validate_parallel(config)
     _validate_model(config)
+    _validate_stages(config)
     validate_solver("solver", config.solver)
     _validate_curriculum(config)
     validate_inference("inference", config.inference)
     _validate_data(config)
     _validate_training(config)
+    _validate_health(config)
     _validate_debug(config)
 
 
@@ -154,9 +156,27 @@ def _validate_parallel(config: Config) -> None:
         parallel.context == 1,
         f"parallel.context={parallel.context} is not supported: set it to 1 and use parallel.sequence",
     )
+
+
+def _validate_stages(config: Config) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    split = parallel.layers_per_stage
     _require(
-        parallel.pipeline == 1,
-        f"parallel.pipeline={parallel.pipeline} is not supported yet: set it to 1 and use parallel.tensor",
+        parallel.pipeline <= layers,
+        f"parallel.pipeline={parallel.pipeline} exceeds model.num_layers={layers}: every stage needs a layer; lower it",
+    )
+    _require(
+        len(split) == parallel.pipeline,
+        f"parallel.layers_per_stage={split} has {len(split)} entries for parallel.pipeline={parallel.pipeline}: give "
+        "one a stage, or null",
+    )
+    _require(
+        min(split) >= 1, f"parallel.layers_per_stage={split} leaves a stage without layers: give each at least one"
+    )
+    _require(
+        sum(split) == layers,
+        f"parallel.layers_per_stage={split} adds up to {sum(split)}, not to model.num_layers={layers}: correct it, or "
+        "set it to null",
     )
 
 
@@ -228,13 +248,16 @@ def _validate_training(config: Config) -> None:
         ("optimizer", optimizer, ("weight_decay", "clip_grad_norm")),
         ("schedule", schedule, ("min_learning_rate",)),
         ("train", train, ("validate_every", "seed")),
-        ("checkpoint", config.checkpoint, ("save_every", "keep_every")),
+        ("checkpoint", config.checkpoint, ("save_every", "keep_every", "ephemeral_every")),
+        ("run", config.run, ("time_margin_s",)),
     ):
         for name in names:
             value = getattr(values, name)
             _require(value >= 0, f"{section}.{name}={value} must not be negative")
     if train.stop_after_steps is not None:
         _positive("train", train, "stop_after_steps")
+    if config.run.time_limit_minutes is not None:
+        _positive("run", config.run, "time_limit_minutes")
     _positive("checkpoint", config.checkpoint, "keep_last")
     _positive("telemetry", config.telemetry, "console_every")
     _require(
@@ -249,16 +272,47 @@ def _validate_training(config: Config) -> None:
     )
 
 
+def _validate_health(config: Config) -> None:
+    health, timeout = config.health, config.parallel.timeout_minutes
+    _one_of("health", health, "nonfinite", "gradient_spike", "loss_spike", "divergence")
+    _positive("health", health, "max_skipped")
+    _require(health.window >= 8, f"health.window={health.window} must be at least 8: a spread needs some steps")
+    for name in ("gradient_spike_sigmas", "loss_spike_sigmas", "retries", "desync_every", "hang_minutes"):
+        value = getattr(health, name)
+        _require(value >= 0, f"health.{name}={value} must not be negative")
+    if health.unconverged_limit is not None:
+        _fraction("health.unconverged_limit", health.unconverged_limit)
+    if health.residual_limit is not None:
+        _positive("health", health, "residual_limit")
+    _require(
+        config.implicit or (health.unconverged_limit is None and health.residual_limit is None),
+        f"health.unconverged_limit and health.residual_limit need an implicit model: {config.model.family} has no solve",
+    )
+    _require(
+        health.divergence == "log" or health.unconverged_limit is not None or health.residual_limit is not None,
+        f"health.divergence={health.divergence} has no limit to go by: set health.unconverged_limit or "
+        "health.residual_limit",
+    )
+    _require(
+        health.hang_minutes < timeout,
+        f"health.hang_minutes={health.hang_minutes:g} must be below parallel.timeout_minutes={timeout:g}, or "
+        "collectives give up first and leave no stacks: lower it",
+    )
+
+
 def _validate_debug(config: Config) -> None:
     if config.debug.inject is not None:
         kind, _, _ = parse_fault(config.debug.inject)
         _require(
-            config.implicit or kind != "nonfinite_iterate",
-            f"debug.inject={config.debug.inject} needs an implicit model: {config.model.family} has no iterate",
+            config.implicit or kind not in ("nonfinite_iterate", "diverging_solve"),
+            f"debug.inject={config.debug.inject} needs an implicit model: {config.model.family} has no solve",
         )
 
 
-FAULTS = ("nonfinite_iterate", "crash")
+FAULTS = (
+    "nonfinite_iterate", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync", "hang", "crash",
+)  # fmt: skip
+"""Kinds of ``debug.inject``."""
 
 
 def parse_fault(text: str) -> tuple[str, int, int]:

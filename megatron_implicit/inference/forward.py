@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_implicit.inference.states import SolveStates
 from megatron_implicit.models.decoder import FixedPointDecoder
+from megatron_implicit.models.language import rotary_angles
 from megatron_implicit.solver import SolveTrace, drive
 
 
@@ -35,7 +35,7 @@ def evaluate_sequence(model: nn.Module, input_ids: Tensor) -> ModelOutput:
     """
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
         embedding = model.embedding(input_ids, None)
-        z = model.decoder(embedding, rotary_pos_emb=_rotary(model, 0, input_ids.shape[1]))
+        z = model.decoder(embedding, rotary_pos_emb=rotary_angles(model, input_ids.shape[1]))
         return _output(model, z, model.decoder.trace)
 
 
@@ -55,7 +55,7 @@ def evaluate_in_chunks(model: nn.Module, input_ids: Tensor, chunk_size: int) -> 
         embedding = model.embedding(chunk, None)
         bound_pass = decoder.begin(embedding, states, weights)
         weights = bound_pass.weights
-        rotary = _rotary(model, start, chunk.shape[1])
+        rotary = rotary_angles(model, chunk.shape[1], start)
         if isinstance(decoder, FixedPointDecoder):
             solve = decoder.start(embedding, decoder.inference)
             hidden.append(drive(solve, lambda z, step: decoder.evaluate(z, bound_pass, rotary)))
@@ -65,12 +65,6 @@ def evaluate_in_chunks(model: nn.Module, input_ids: Tensor, chunk_size: int) -> 
             traces.append((chunk.shape[1], SolveTrace.explicit(chunk.shape[0])))
         states.commit()
     return _output(model, torch.cat(hidden), _trace_by_token(traces))
-
-
-def _rotary(model: nn.Module, start: int, tokens: int) -> Optional[Tensor]:
-    """Rotary angles of positions start .. start + tokens; None for models without rotary embedding."""
-    rotary = getattr(model, "rotary_pos_emb", None)
-    return rotary(tokens, offset=start) if rotary is not None else None
 
 
 def _output(model: nn.Module, z: Tensor, trace: SolveTrace) -> ModelOutput:

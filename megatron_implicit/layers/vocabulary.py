@@ -27,6 +27,10 @@ def vocabulary_partition(config: StackConfig, group: dist.ProcessGroup) -> Parti
     return partition(config.vocab_size, group.size(), group.rank(), align=True)
 
 
+EMBEDDING, HEAD = "embedding.word_embeddings", "output_layer"
+"""Names of the two modules in a model."""
+
+
 class VocabularyEmbedding(Placed, VocabParallelEmbedding):
     """Megatron-Core's vocabulary-parallel embedding with a logical number of rows."""
 
@@ -41,7 +45,6 @@ class VocabularyEmbedding(Placed, VocabParallelEmbedding):
         self.weight = Parameter(torch.empty(rows.size, config.hidden_size, dtype=config.params_dtype))
         mark_sharded(self.weight, 0)
 
-    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """N(0, embedding_init_std), drawn for the whole vocabulary on every rank."""
         _draw_rows(self.weight, self.partition, self.init_std, generator)
@@ -52,39 +55,46 @@ class VocabularyEmbedding(Placed, VocabParallelEmbedding):
 
 
 @torch.no_grad()
-def _draw_rows(weight: Tensor, rows: Partition, std: float, generator: torch.Generator) -> None:
+def _draw_rows(weight: Parameter, rows: Partition, std: float, generator: torch.Generator) -> None:
     whole = torch.empty(rows.logical, weight.shape[1]).normal_(0, std, generator=generator)
     weight.copy_(whole[rows.start : rows.stop])
 
 
 class VocabularyHead(Placed, ColumnParallelLinear):
-    """logits = z · W^T, without bias and without a norm of its own; W is the embedding, or untied a weight of its own."""
+    """logits = z · W^T, without bias and without a norm of its own; W is the embedding, or untied a weight of its own.
 
-    def __init__(self, config: StackConfig, tp_group: dist.ProcessGroup) -> None:
+    Args:
+        config: of the stack.
+        tp_group: the tensor group.
+        own_copy: if tied, hold a copy of the embedding's rows: the embedding itself is on another pipeline stage.
+    """
+
+    def __init__(self, config: StackConfig, tp_group: dist.ProcessGroup, own_copy: bool) -> None:
         rows = vocabulary_partition(config, tp_group)
         super().__init__(
             config.hidden_size, rows.computed * rows.ranks, config=config, init_method=config.init_method,
             bias=False, skip_weight_param_allocation=True, tp_group=tp_group,
         )  # fmt: skip
-        self.partition, self.dtype = rows, config.params_dtype
-        self.tied, self.init_std = config.tie_embeddings, config.embedding_init_std
-        if not self.tied:
+        self.partition, self.dtype, self.init_std = rows, config.params_dtype, config.embedding_init_std
+        self.tied = config.tie_embeddings
+        self.drawn_as = EMBEDDING if self.tied else HEAD  # a copy is initialised with the same numbers
+        if self.tied and own_copy:
+            self.copy_number = 1
+        if own_copy or not self.tied:
             self.weight = Parameter(torch.empty(rows.size, config.hidden_size, dtype=config.params_dtype))
             mark_sharded(self.weight, 0)
 
     def forward(self, hidden: Tensor, weight: Optional[Tensor] = None, runtime_gather_output: Optional[bool] = None):
-        """[s or s/t, b, h] and the embedding's local rows (unused by an untied head) -> ([s, b, computed local rows],
-        None)."""
+        """[s or s/t, b, h] and, if tied, the embedding's local rows -> ([s, b, computed local rows], None)."""
         weight = weight if self.tied else self.weight
         padding = self.partition.padding
         padded = F.pad(weight, (0, 0, 0, padding)) if padding else weight
         logits, _ = super().forward(hidden.to(self.dtype), weight=padded, runtime_gather_output=False)
         return (_HidePaddedLogits.apply(logits, padding) if padding else logits), None
 
-    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """An untied head is drawn as the embedding is."""
-        if not self.tied:
+        """As the embedding."""
+        if self.weight is not None:
             _draw_rows(self.weight, self.partition, self.init_std, generator)
 
     def placement(self, name: str) -> Placement:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_implicit.config import SolverConfig
+from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.solver import SolveTrace
 from megatron_implicit.solver.trace import QUANTILES
 
@@ -19,18 +19,30 @@ FIELDS = (
 """Names of the statistics; all null in explicit models."""
 
 
-def solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: torch.device) -> dict[str, float | None]:
-    """Statistics of a step; every rank must call it.
+def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.device) -> dict[str, float | None]:
+    """Statistics of a step, the same on all pipeline stages; every rank must call it.
 
     Args:
-        traces: of this replica's microbatches.
-        solver: of the phase; without a tolerance nothing can be unconverged, and an unrolled phase has no residuals.
+        traces: of this replica's microbatches, on the last stage, which tells the others.
+        tolerance: of the solves; without one nothing can be unconverged. An unrolled phase has no residuals.
         device: of the collectives.
 
     Returns:
         by FIELDS: means and maxima over all samples of all replicas; ``evaluations_skew``, by how much the replicas'
         mean evaluations differ; quantiles over the tokens this rank holds.
     """
+    stages = parallel_state.get_pipeline_model_parallel_group()
+    values = torch.empty(len(FIELDS), dtype=torch.float64)
+    if stages.rank() == stages.size() - 1:
+        values = torch.tensor(_measured(traces, device), dtype=torch.float64)
+    statistics = dict(zip(FIELDS, from_last_stage(values.to(device), stages).tolist()))
+    if not tolerance > 0:
+        statistics["unconverged_fraction"] = None
+    return {name: _number(value) for name, value in statistics.items()}
+
+
+def _measured(traces: list[SolveTrace], device: torch.device) -> list[float]:
+    """In the order of FIELDS."""
     values = torch.stack(
         [
             torch.cat([trace.iterations for trace in traces]).double(),
@@ -41,19 +53,8 @@ def solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: to
     ).to(device)
     own_means, peaks = values.mean(dim=1), values.amax(dim=1)
     means, highest, skew = _over_replicas(own_means, peaks)
-    quantiles = _token_quantiles(traces)
-    statistics = {
-        "iterations_mean": means[0],
-        "iterations_max": highest[0],
-        "evaluations_mean": means[1],
-        "evaluations_max": highest[1],
-        "evaluations_skew": skew,
-        "residual_mean": means[2],
-        "residual_max": highest[2],
-        **{f"token_residual_p{round(100 * q)}": value for q, value in zip(QUANTILES, quantiles)},
-        "unconverged_fraction": means[3] if solver.tolerance > 0 else None,
-    }
-    return {name: _number(value) for name, value in statistics.items()}
+    counts = [means[0], highest[0], means[1], highest[1], skew]
+    return [*counts, means[2], highest[2], *_token_quantiles(traces), means[3]]
 
 
 def _over_replicas(own_means: Tensor, peaks: Tensor) -> tuple[list[float], list[float], float]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
@@ -13,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_implicit.checkpoint import TrainingState
+from megatron_implicit.comm.agreement import Agreement
 from megatron_implicit.config import Config
 from megatron_implicit.device import current_platform
 from megatron_implicit.device.kernels import describe
@@ -21,11 +20,11 @@ from megatron_implicit.solver import SolveSettings
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.curriculum import Curriculum, Phase
 from megatron_implicit.training.data import TrainingData
+from megatron_implicit.training.health import Action, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
+from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.step import StepResult, StepRunner
 from megatron_implicit.training.validation import HeldOutLoss
-
-EVENTS_FILE = "events.jsonl"
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Trainer:
         config: resolved.
         parts: wrapped model, optimizer and schedule.
         data: batches of this replica.
+        folder: the run's, whose lease this job holds.
         state: where the run stands.
         origin: how this job began.
         device: where the model is.
@@ -64,15 +64,24 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, parts: TrainingParts, data: TrainingData, state: TrainingState, origin: Origin,
-        device: torch.device, callbacks: Sequence[Callback],
+        self, config: Config, parts: TrainingParts, data: TrainingData, folder: RunFolder, state: TrainingState,
+        origin: Origin, device: torch.device, callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
         self.config, self.parts, self.data, self.state, self.origin = config, parts, data, state, origin
         self.device, self.callbacks = device, list(callbacks)
-        self.run_dir = Path(config.run.dir)
+        self.folder, self.run_dir = folder, folder.path
         self.initial_validation: Optional[HeldOutLoss] = None
+        self.agreed: dict[str, int] = {}
+        """What the ranks agreed on during the last step, by the names of callbacks' proposals."""
+        self.save_seconds = 0.0
+        """What the last checkpoint took from its beginning until it was on disk."""
+        self.stop_reason: Optional[str] = None
+        """Why the job ends after this step, where it was asked to."""
+        self.health = StepHealth(config.health)
+        self.health.load_state_dict(state.health)
+        self._agreement = Agreement()
         self._curriculum = Curriculum(config)
-        self._runner = StepRunner(config, parts)
+        self._runner = StepRunner(config, parts, self.health, self._after_backward, self._report_health)
 
     @property
     def model(self) -> nn.Module:
@@ -90,6 +99,15 @@ class Trainer:
         """The phase of the step that comes next."""
         return self._curriculum.phase(self.state.consumed_tokens)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether the job ends before its last step because it was asked to: it is to be started again."""
+        return self.stop_reason is not None and self.state.step < self.last_step
+
+    def stop(self, reason: str) -> None:
+        """Makes the step that is being completed the last of this job; all ranks must call it."""
+        self.stop_reason = reason
+
     def run(self) -> None:
         """Runs this job's steps.
 
@@ -100,25 +118,28 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             batches = self.data.training_batches(self.state.consumed_samples)
-            while self.state.step < self.last_step:
+            while self.state.step < self.last_step and self.stop_reason is None:
                 record = self._run_step(batches)
                 for callback in self.callbacks:
                     callback.after_step(self, record)
+            for callback in self.callbacks:
+                callback.on_end(self)
         except BaseException as error:
             for callback in self.callbacks:
                 callback.on_failure(self, error)
             raise
-        for callback in self.callbacks:
-            callback.on_end(self)
 
     def _run_step(self, batches: Any) -> StepRecord:
         step, phase = self.state.step + 1, self.next_phase
         if isinstance(self.model.decoder, FixedPointDecoder):
             self.model.decoder.solver = SolveSettings.training(phase.solver)
+        self.health.enter_phase(phase.name)
         for callback in self.callbacks:
             callback.before_step(self, step)
+        self._agreement.begin({n: v for callback in self.callbacks for n, v in callback.proposals(self).items()})
         began = time.perf_counter()
         result = self._runner.run(step, batches, self.device)
+        self.agreed = self._agreement.end()
         seconds = time.perf_counter() - began
         train = self.config.train
         self.state.step = step
@@ -126,10 +147,21 @@ class Trainer:
         self.state.consumed_tokens += train.global_batch_size * self.config.data.sequence_length
         return StepRecord(step, phase, result, seconds)
 
+    def _after_backward(self, step: int) -> None:
+        for callback in self.callbacks:
+            callback.after_backward(self, step)
+
+    def _report_health(self, step: int, verdict: Verdict) -> None:
+        """Rank 0 says what was wrong with a step and what is done about it."""
+        if dist.get_rank() == 0:
+            done = {Action.ACCEPT: "the update is made"}.get(verdict.action, verdict.action.name.lower())
+            self.warn(verdict.findings[0].kind, f"step {step}: {verdict.text}: {done}")
+
     def saved_state(self) -> TrainingState:
         """The state with every callback's, for a checkpoint."""
         self.state.layout = [dist.get_world_size(), self.config.parallel.tensor, self.config.parallel.pipeline]
         self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        self.state.health = self.health.state_dict()
         return self.state
 
     def restore_callbacks(self) -> None:
@@ -143,16 +175,11 @@ class Trainer:
 
     def event(self, kind: str, message: str) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""
-        line = {
-            "time": time.time(),
-            "step": self.state.step,
-            "attempt": self.state.attempt,
-            "kind": kind,
-            "rank": dist.get_rank(),
-            "message": message,
-        }
-        with open(self.run_dir / EVENTS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.folder.event(kind, message, self.state.step)
+
+    def warn(self, kind: str, message: str) -> None:
+        """An event that is also said aloud."""
+        self.folder.warn(kind, message, self.state.step)
 
     def summary(self) -> str:
         """What is about to run, in a few lines."""
@@ -161,6 +188,9 @@ class Trainer:
         layout = f"{dist.get_world_size()} processes, tensor {config.parallel.tensor}" + (
             " with sequence parallelism" if config.parallel.sequence else ""
         )
+        if config.parallel.pipeline > 1:
+            stages = "+".join(map(str, config.parallel.layers_per_stage))
+            layout += f", pipeline {config.parallel.pipeline} ({stages} layers)"
         return "\n".join(
             (
                 f"{config.run.name}: {config.model.family}, {parameters:,} parameters on this rank, {layout}",

@@ -11,21 +11,20 @@ from megatron_implicit.config import SolverConfig
 from megatron_implicit.device import current_platform
 from megatron_implicit.device.peaks import peak_flops
 from megatron_implicit.telemetry.flops import model_flops
-from megatron_implicit.telemetry.metrics_file import MetricsWriter
 from megatron_implicit.training.callbacks.base import Callback
-from megatron_implicit.training.solver_statistics import FIELDS, solver_statistics
+from megatron_implicit.training.solver_statistics import FIELDS
 
 if TYPE_CHECKING:
     from megatron_implicit.training.trainer import StepRecord, Trainer
 
 
 class Metrics(Callback):
-    """Aggregates solver statistics over replicas into ``record.metrics`` and appends them to the run's file."""
+    """Fills ``record.metrics`` and appends it to the run's file."""
 
     def on_start(self, trainer: "Trainer") -> None:
         self._flops = model_flops(trainer.config)
         self._peak = peak_flops(current_platform().name, trainer.config.train.precision)
-        self._writer = MetricsWriter(trainer.run_dir / "metrics.jsonl") if dist.get_rank() == 0 else None
+        self._writer = trainer.folder.line_file("metrics.jsonl") if dist.get_rank() == 0 else None
         if trainer.initial_validation is not None and self._writer:
             self._writer.write(
                 {"step": 0, "time": time.time(), "attempt": trainer.state.attempt, "tokens": 0,
@@ -36,9 +35,7 @@ class Metrics(Callback):
         config = trainer.config
         tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         solver = record.phase.solver
-        statistics = dict.fromkeys(FIELDS)
-        if config.implicit:
-            statistics = solver_statistics(record.result.traces, solver, trainer.device)
+        statistics = {**dict.fromkeys(FIELDS), **record.result.statistics}
         flops = self._step_flops(trainer, statistics, solver) * tokens_per_step / dist.get_world_size()
         record.metrics = {
             "step": record.step,
@@ -58,6 +55,8 @@ class Metrics(Callback):
         }
         if record.validation is not None:
             record.metrics["validation_loss"] = record.validation.loss
+        if record.result.skipped:
+            record.metrics["skipped"] = True
         if self._writer:
             self._writer.write(record.metrics)
 
