@@ -6,15 +6,15 @@ needs memory.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 
 from megatron_implicit.comm.groups import Place, start_model_parallel, start_process_group
-from megatron_implicit.config import Config, ParallelConfig
+from megatron_implicit.config import Config
 from megatron_implicit.conversion.reference import reference_shape, reference_slots
+from megatron_implicit.conversion.stored import on_one_process
 from megatron_implicit.models import build_model
 
 
@@ -49,7 +49,7 @@ class ModelLayout:
 
 def model_layout(config: Config) -> ModelLayout:
     """The parameters of a configuration's model. This process must be a job of its own."""
-    alone = dataclasses.replace(config, parallel=ParallelConfig(microbatches_in_flight=2))
+    alone = on_one_process(config)
     start_process_group(Place())
     with torch.random.fork_rng(devices=[]):
         start_model_parallel(alone.parallel)

@@ -12,7 +12,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
-from megatron_implicit.config import Config
+from megatron_implicit.config import Config, ParallelConfig
+from megatron_implicit.config.resolve import resolve
 from megatron_implicit.errors import CheckpointError
 
 EMBEDDING, HEAD = "word_emb.emb.weight", "lm_head.weight"
@@ -91,6 +92,11 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def on_one_process(config: Config) -> Config:
+    """The configuration without the layout of whatever run it comes from."""
+    return resolve(dataclasses.replace(config, parallel=ParallelConfig()))
 
 
 def take_head(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_implicit.comm.groups import start_model_parallel
-from megatron_implicit.config import Config, ParallelConfig
+from megatron_implicit.config import Config
 from megatron_implicit.conversion.reference import load_reference_weights
-from megatron_implicit.conversion.stored import LazyTensors, StoredModel
+from megatron_implicit.conversion.stored import LazyTensors, StoredModel, on_one_process
 from megatron_implicit.errors import CheckpointError
 from megatron_implicit.inference.forward import evaluate_sequence
 from megatron_implicit.models import build_model
@@ -98,4 +98,4 @@ def _our_logits(model: StoredModel, ids: Tensor) -> Tensor:
 
 def _fixed_evaluations(config: Config) -> Config:
     inference = dataclasses.replace(config.inference, max_iterations=_EVALUATIONS, tolerance=0.0)
-    return dataclasses.replace(config, inference=inference, parallel=ParallelConfig(microbatches_in_flight=2))
+    return on_one_process(dataclasses.replace(config, inference=inference))

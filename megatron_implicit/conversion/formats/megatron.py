@@ -18,10 +18,10 @@ from megatron_implicit.checkpoint.streaming import (
     model_keys,
     write_checkpoint_tensors,
 )
-from megatron_implicit.config import Config, ParallelConfig, save_config
+from megatron_implicit.config import save_config
 from megatron_implicit.conversion.layout import CheckpointSlice, model_layout
 from megatron_implicit.conversion.reference import reference_shape
-from megatron_implicit.conversion.stored import Origin, StoredModel, StoredTensor
+from megatron_implicit.conversion.stored import Origin, StoredModel, StoredTensor, on_one_process
 from megatron_implicit.conversion.tensor_files import peek_json
 from megatron_implicit.errors import CheckpointError
 
@@ -37,8 +37,7 @@ def open_folder(folder: Path) -> StoredModel:
     """Checks every file against the manifest and names the model's tensors; optimizer state is left where it is."""
     folder = locate_checkpoint(folder)
     verify_manifest(folder)
-    config = read_checkpoint_config(folder)
-    config = dataclasses.replace(config, parallel=ParallelConfig(microbatches_in_flight=2))
+    config = on_one_process(read_checkpoint_config(folder))
     stored = CheckpointTensors(folder)
     slices = model_layout(config).slices
     known = {part.key for part in slices}
@@ -99,7 +98,7 @@ def write_folder(model: StoredModel, folder: Path) -> None:
     """Writes a checkpoint without training state: load_pretrained reads it, a new run starts from it."""
     slices = model_layout(model.config).slices
     write_checkpoint_tensors(folder, _sections(model, slices))
-    save_config(_without_run(model.config), folder / CONFIG_FILE)
+    save_config(on_one_process(model.config), folder / CONFIG_FILE)
     state = vars(TrainingState(weights_only=True))
     write_durably(folder / STATE_FILE, json.dumps(state, indent=1))
     if model.origin is not None:
@@ -116,8 +115,3 @@ def _sections(model: StoredModel, slices: list[CheckpointSlice]):
             read = (part.name, model.tensors[part.name].read())
         rows = read[1] if part.rows is None else read[1][part.rows]
         yield NewTensor(part.key, part.shape, model.tensors[part.name].dtype, lambda rows=rows: rows)
-
-
-def _without_run(config: Config) -> Config:
-    """The configuration without the layout and folder of whatever run it comes from."""
-    return dataclasses.replace(config, parallel=ParallelConfig(microbatches_in_flight=2))
