@@ -5,7 +5,6 @@ Source of names and meaning: microsoft/implicit_languagemodels at 84a0bf3.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -316,37 +315,3 @@ def is_reference_folder(path: Path) -> bool:
     """Whether a folder holds a reference config.json."""
     config = path / "config.json"
     return config.is_file() and "backbone_config" in config.read_text(encoding="utf-8", errors="replace")
-
-
-def read_reference_config(folder: Path) -> Config:
-    """The configuration of a reference folder.
-
-    Raises:
-        CheckpointError: config.json is not valid JSON or lacks a field.
-    """
-    try:
-        reference = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON: copy the folder again") from None
-    return config_from_reference(reference, str(folder))
-
-
-def read_reference_tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights of a reference folder, safetensors first, a pickle only with weights_only.
-
-    Raises:
-        CheckpointError: no weights, or a damaged or unsafe file.
-    """
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    try:
-        if safe.is_file():
-            from safetensors.torch import load_file
-
-            return load_file(safe)
-        if pickled.is_file():
-            return torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise their own kinds
-        file = safe if safe.is_file() else pickled
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{file} cannot be read ({reason}): it is damaged or unsafe; copy it again") from None
-    raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: check the path")

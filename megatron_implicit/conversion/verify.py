@@ -13,7 +13,7 @@ from megatron_implicit.config import Config
 from megatron_implicit.conversion.reference import load_reference_weights
 from megatron_implicit.conversion.stored import LazyTensors, StoredModel, on_one_process
 from megatron_implicit.errors import CheckpointError
-from megatron_implicit.inference.forward import evaluate_sequence
+from megatron_implicit.inference.forward import evaluate
 from megatron_implicit.models import build_model
 
 _BATCH, _TOKENS, _EVALUATIONS = 2, 32, 16
@@ -93,7 +93,7 @@ def _our_logits(model: StoredModel, ids: Tensor) -> Tensor:
         start_model_parallel(config.parallel)
         ours = build_model(config, initialise=False)
     load_reference_weights(ours, LazyTensors(model.tensors), str(model.folder))
-    return evaluate_sequence(ours.eval(), ids).logits
+    return evaluate(ours.eval(), ids).logits
 
 
 def _fixed_evaluations(config: Config) -> Config:

@@ -56,8 +56,7 @@ def write_folder(model: StoredModel, folder: Path) -> None:
     values = model.origin.config if model.origin and model.origin.format == "hf" else None
     if values is None or values.get("model_type") != kind or not describes(config_of(values, "origin"), model.config):
         values = config_for(model.config)
-    values = {key: value for key, value in values.items() if key not in ("torch_dtype", "dtype")}
-    values["torch_dtype"] = str(model.dtype)[6:]
+    values |= {"dtype" if "dtype" in values else "torch_dtype": str(model.dtype)[6:]}
     (folder / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_safetensors(folder, naming.entries(model), SHARD_BYTES)
     if model.config.implicit:

@@ -103,7 +103,7 @@ def write_folder(model: StoredModel, folder: Path) -> None:
     write_durably(folder / STATE_FILE, json.dumps(state, indent=1))
     if model.origin is not None:
         write_durably(folder / ORIGIN_FILE, json.dumps(dataclasses.asdict(model.origin), indent=1))
-    write_manifest(folder)
+    write_manifest(folder, {})
 
 
 def _sections(model: StoredModel, slices: list[CheckpointSlice]):
