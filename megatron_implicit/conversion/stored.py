@@ -1,4 +1,4 @@
-"""A model in a folder, whatever its format: its configuration, and its tensors by the reference's names, read one by one."""
+"""A model in a folder of any format: its configuration, and its tensors by the reference's names, read one by one."""
 
 from __future__ import annotations
 

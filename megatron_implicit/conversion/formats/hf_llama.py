@@ -45,9 +45,8 @@ def config_from_llama(raw: dict[str, Any], source: str) -> Config:
         heads, width = raw["num_attention_heads"], raw["hidden_size"]
         head = raw.get("head_dim") or width // heads
         if head * heads != width:
-            raise CheckpointError(
-                f"{source}: head_dim={head} is not supported: only hidden_size / num_attention_heads = {width // heads} is"
-            )
+            only = f"hidden_size / num_attention_heads = {width // heads}"
+            raise CheckpointError(f"{source}: head_dim={head} is not supported: only {only} is")
         model = {
             "family": "explicit_llama", "size": "custom", "num_layers": raw["num_hidden_layers"], "hidden_size": width,
             "vocab_size": raw["vocab_size"], "num_heads": heads,

@@ -1,8 +1,8 @@
 """Mamba2 as in transformers: its config.json and names.
 
-Source: transformers, models/mamba2/{configuration,modeling}_mamba2.py. The gate comes before the norm, whatever the older
-key norm_before_gate says. From version 5 on the gated norm takes each group by itself, as the original and we do;
-version 4 took all groups together, so folders with n_groups > 1 mean something else there.
+Source: transformers, models/mamba2/{configuration,modeling}_mamba2.py. The gate comes before the norm. From version 5 on
+the gated norm takes each group by itself, as the original and we do; version 4 took all groups together, so folders
+with n_groups > 1 mean something else there.
 """
 
 from __future__ import annotations

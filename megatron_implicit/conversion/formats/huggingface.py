@@ -24,7 +24,11 @@ from megatron_implicit.errors import CheckpointError
 REMOTE_CODE = Path(__file__).parents[1] / "remote_code"
 CODE_FILES = ("configuration_implicit_lm.py", "modeling_implicit_lm.py", "layers_implicit_lm.py")
 """The self-contained modules that a folder of an implicit model brings along."""
-IMPLICIT = Naming(whole={}, layers="backbone.layers.", inner={}, head=("lm_head.weight",), aliases={})
+IMPLICIT = Naming(
+    whole={}, layers="backbone.layers.", inner={}, head=("lm_head.weight",), aliases={},
+    # transformers 4 takes weight_g and weight_v for torch's parametrization and loads them elsewhere.
+    endings={"weight_g": "weight_gain", "weight_v": "weight_direction"},
+)  # fmt: skip
 _SECTIONS = ("model", "solver", "inference")
 
 

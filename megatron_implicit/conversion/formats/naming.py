@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Mapping, Optional
 
@@ -29,17 +29,19 @@ class Naming:
     """Older names of the format -> its present ones."""
     buffers: tuple[str, ...] = ()
     """Ends of names that hold no weights but what a program computes anew."""
+    endings: Mapping[str, str] = field(default_factory=dict)
+    """The last part of the reference's names -> the format's, where it differs."""
 
     def to_reference(
         self, stored: Mapping[str, StoredTensor]
     ) -> tuple[dict[str, StoredTensor], Optional[StoredTensor], dict[str, str]]:
-        """(tensors by the reference's names, the output head, what holds no weights); an unknown name stays as it is."""
+        """(tensors by the reference's names, the output head, what holds no weights); unknown names stay."""
         back = {theirs: ours for ours, theirs in self.whole.items()}
         inner = {theirs: ours for ours, theirs in self.inner.items()}
         layer = re.compile(rf"^{re.escape(self.layers)}(\d+)\.(.+)$")
         tensors, head, unmapped = {}, None, {}
         for key, tensor in stored.items():
-            name = self.aliases.get(key, key)
+            name = _with_ending(self.aliases.get(key, key), {new: old for old, new in self.endings.items()})
             match = layer.match(name)
             if name in self.head:
                 head = tensor
@@ -50,13 +52,14 @@ class Naming:
             elif match and (not inner or match[2] in inner):
                 tensors[f"backbone.layers.{match[1]}.{inner.get(match[2], match[2])}"] = tensor
             else:
-                tensors[key] = tensor
+                tensors[name] = tensor
         return tensors, head, unmapped
 
     def to_format(self, name: str) -> str:
         """The format's name of a tensor."""
         if name == HEAD:
             return self.head[0]
+        name = _with_ending(name, self.endings)
         match = _REFERENCE_LAYER.match(name)
         if match is None:
             return self.whole.get(name, name)
@@ -69,6 +72,11 @@ class Naming:
             embedding = model.tensors[EMBEDDING]
             entries.append(Entry(self.head[0], embedding.shape, embedding.dtype, embedding.read))
         return entries
+
+
+def _with_ending(name: str, endings: Mapping[str, str]) -> str:
+    owner, _, last = name.rpartition(".")
+    return f"{owner}.{endings[last]}" if last in endings else name
 
 
 COMPANIONS = (

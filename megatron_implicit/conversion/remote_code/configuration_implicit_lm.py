@@ -40,3 +40,6 @@ class ImplicitLMConfig(PretrainedConfig):
     def num_hidden_layers(self) -> int:
         """Layers of the stack F."""
         return self.model.get("num_layers", 0)
+
+
+ImplicitLMConfig.register_for_auto_class()  # save_pretrained then copies the code along

@@ -28,22 +28,23 @@ class Tokens(NamedTuple):
 
 
 class NormedWeight(nn.Module):
-    """W = v · g / ‖v‖ by rows, with an optional bias."""
+    """W = v · g / ‖v‖ by rows, direction v and gain g, with an optional bias."""
 
     def __init__(self, *shape: int, bias: bool = False) -> None:
         super().__init__()
         bound = 1 / math.sqrt(math.prod(shape[1:]))
-        self.weight_v = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-        self.weight_g = nn.Parameter(self._norm().clone())
+        self.weight_direction = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+        self.weight_gain = nn.Parameter(self._norm().clone())
         self.bias = nn.Parameter(torch.zeros(shape[0])) if bias else None
 
     def _norm(self) -> Tensor:
-        norm = torch.linalg.vector_norm(self.weight_v.detach().flatten(1), dim=1, dtype=torch.float32)
-        return norm.view(-1, *[1] * (self.weight_v.ndim - 1))
+        norm = torch.linalg.vector_norm(self.weight_direction.detach().flatten(1), dim=1, dtype=torch.float32)
+        return norm.view(-1, *[1] * (self.weight_direction.ndim - 1))
 
     def effective(self) -> Tensor:
         """W, shaped and typed as v."""
-        return (self.weight_v * (self.weight_g / self._norm().clamp_min(1e-30))).to(self.weight_v.dtype)
+        scale = self.weight_gain / self._norm().clamp_min(1e-30)
+        return (self.weight_direction * scale).to(self.weight_direction.dtype)
 
 
 Weights = dict[nn.Module, Tensor]
@@ -96,7 +97,7 @@ class Mamba2Mixer(nn.Module):
     @property
     def injected_rows(self) -> int:
         """Width of u."""
-        return self.in_proj.weight_v.shape[0]
+        return self.in_proj.weight_direction.shape[0]
 
     def forward(
         self, x: Tensor, u: Tensor, weights: Weights, state: Optional[tuple[Tensor, ...]], tokens: Tokens

@@ -154,9 +154,9 @@ class ImplicitLMForCausalLM(PreTrainedModel, GenerationMixin):
         return {module: module.effective() for module in self.modules() if isinstance(module, NormedWeight)}
 
     def _solve(self, evaluate: Callable[[Tensor], tuple], u: Tensor, tokens: Tokens) -> tuple[Tensor, list, Tensor]:
-        """z ← (1 - damping) z + damping F(z) from 0 until ‖F(z) - z‖ / ‖z‖ of a sample is below the tolerance; then F(z).
+        """z ← (1 - damping) z + damping F(z) from 0 until ‖F(z) - z‖ / ‖z‖ of a sample is below the tolerance.
 
-        A sample that has converged stays as it is (stop=sample), so none depends on its companions.
+        What counts is one more F(z), states included. A sample that has converged stays as it is (stop=sample), so none depends on its companions.
         """
         values, damping = self.config.inference, self.config.inference["damping"]
         z = u.new_zeros(*u.shape[:2], self.config.hidden_size, dtype=torch.float32)
@@ -239,3 +239,6 @@ def _loss(logits: Tensor, labels: Optional[Tensor]) -> Optional[Tensor]:
     if labels is None:
         return None
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+ImplicitLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # save_pretrained then copies the code along
