@@ -64,7 +64,9 @@ class CheckpointTensors:
         self.folder = folder
         metadata = _read_metadata(folder / METADATA_FILE)
         self._tensors: dict[str, TensorStorageMetadata] = {
-            key: entry for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
         self._places = metadata.storage_data
         self.info = {key: TensorInfo(tuple(t.size), t.properties.dtype) for key, t in self._tensors.items()}

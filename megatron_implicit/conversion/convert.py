@@ -149,6 +149,6 @@ def _refuse_full_disk(output: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if free < size + _SPARE:
         raise ConfigError(
-            f"--output {output} needs {(size + _SPARE) / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB: free some, or "
-            "convert to another disk"
+            f"--output {output} needs {(size + _SPARE) / 1e9:.1f} GB and {place} has {free / 1e9:.1f} GB: free "
+            "some, or convert to another disk"
         )

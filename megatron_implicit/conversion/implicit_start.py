@@ -11,7 +11,7 @@ fixed point: start with the bounded phase, at a small learning rate.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor

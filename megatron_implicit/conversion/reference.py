@@ -245,7 +245,9 @@ def _refuse_other_models(reference: dict[str, Any], source: str) -> None:
         for name in filter(None, section.split(".")):
             place = place.get(name) or {}
         if place.get(key, value) != value:
-            raise CheckpointError(f"{source}: {f'{section}.{key}'.lstrip('.')}={place[key]} is not supported: only {value} is")
+            raise CheckpointError(
+                f"{source}: {f'{section}.{key}'.lstrip('.')}={place[key]} is not supported: only {value} is"
+            )
     block = reference["backbone_config"]["block_type"]
     if block not in _BLOCKS:
         raise CheckpointError(f"{source}: block_type={block} is not supported: only {', '.join(_BLOCKS)} are")

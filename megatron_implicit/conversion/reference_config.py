@@ -62,8 +62,8 @@ def _refuse_what_it_cannot_say(config: Config) -> None:
             raise CheckpointError(f"model.{key}={getattr(model, key)} cannot be said in the format reference: {words}")
     if config.architecture == "llama" and model.num_query_groups != model.num_heads:
         raise CheckpointError(
-            f"model.num_query_groups={model.num_query_groups} cannot be said in the format reference: its attention has "
-            "a key and value for every head"
+            f"model.num_query_groups={model.num_query_groups} cannot be said in the format reference: its attention "
+            "has a key and value for every head"
         )
     if config.implicit and (config.inference.tolerance, config.inference.damping) != (
         config.solver.tolerance,

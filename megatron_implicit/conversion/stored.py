@@ -118,7 +118,9 @@ def take_head(
         CheckpointError: weights and configuration contradict each other.
     """
     if not tied and head is None:
-        raise CheckpointError(f"{source} lacks the output head although {switch}=false: set it to true or copy it again")
+        raise CheckpointError(
+            f"{source} lacks the output head although {switch}=false: set it to true or copy it again"
+        )
     if not tied:
         tensors[HEAD] = head
         return {}
@@ -139,13 +141,13 @@ def check_dtypes(tensors: Mapping[str, StoredTensor], source: str, wanted: Optio
     """
     for name, tensor in tensors.items():
         if not tensor.dtype.is_floating_point or (wanted is None and tensor.dtype not in DTYPES):
-            remedy = "give --dtype float32" if tensor.dtype is torch.float64 else "weights are float32, bfloat16 or float16"
+            remedy = (
+                "give --dtype float32" if tensor.dtype is torch.float64 else "weights are float32, bfloat16 or float16"
+            )
             raise CheckpointError(f"{source}: {tensor.key} has dtype {str(tensor.dtype)[6:]}: {remedy}")
 
 
-def check_shapes(
-    tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], source: str
-) -> None:
+def check_shapes(tensors: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
     """Compares what a folder holds with what its configuration describes.
 
     Raises:

@@ -71,7 +71,7 @@ def _made_when_read(model: StoredModel) -> bool:
 
 @torch.no_grad()
 def _transformers_logits(model: StoredModel, ids: Tensor) -> Tensor:
-    """With transformers' own Llama and Mamba2, and with our class for implicit models; code in the folder is not run."""
+    """With transformers' own Llama and Mamba2, or our class for implicit models; code in the folder is not run."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -45,7 +45,9 @@ def resave(source: str, target: str, layout: traces.Layout) -> None:
     save_checkpoint(CheckpointFolder(Path(target)), config, state, parts.model.module, parts.optimizer, parts.scheduler)
 
 
-@pytest.mark.parametrize("layout", [traces.Layout(tensor=2), traces.Layout(tensor=2, pipeline=2)], ids=["TP2", "TP2xPP2"])
+@pytest.mark.parametrize(
+    "layout", [traces.Layout(tensor=2), traces.Layout(tensor=2, pipeline=2)], ids=["TP2", "TP2xPP2"]
+)
 @pytest.mark.parametrize("family", goldens.FAMILIES)
 def test_a_training_layout_in_between_changes_nothing(pool, tmp_path: Path, family: str, layout: traces.Layout) -> None:
     reference = folders.write_reference(tmp_path / "reference", family)

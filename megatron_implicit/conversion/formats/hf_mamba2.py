@@ -1,7 +1,7 @@
 """Mamba2 as in transformers: its config.json and names.
 
-Source: transformers, models/mamba2/{configuration,modeling}_mamba2.py. The gate comes before the norm. From version 5 on
-the gated norm takes each group by itself, as the original and we do; version 4 took all groups together, so folders
+Source: transformers, models/mamba2/{configuration,modeling}_mamba2.py. The gate comes before the norm. From version 5
+on the gated norm takes each group by itself, as the original and we do; version 4 took all groups together, so folders
 with n_groups > 1 mean something else there.
 """
 

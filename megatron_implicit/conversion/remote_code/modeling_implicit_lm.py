@@ -156,7 +156,8 @@ class ImplicitLMForCausalLM(PreTrainedModel, GenerationMixin):
     def _solve(self, evaluate: Callable[[Tensor], tuple], u: Tensor, tokens: Tokens) -> tuple[Tensor, list, Tensor]:
         """z ← (1 - damping) z + damping F(z) from 0 until ‖F(z) - z‖ / ‖z‖ of a sample is below the tolerance.
 
-        What counts is one more F(z), states included. A sample that has converged stays as it is (stop=sample), so none depends on its companions.
+        What counts is one more F(z), states included. A sample that has converged stays as it is (stop=sample), so
+        none depends on its companions.
         """
         values, damping = self.config.inference, self.config.inference["damping"]
         z = u.new_zeros(*u.shape[:2], self.config.hidden_size, dtype=torch.float32)
