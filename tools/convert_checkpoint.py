@@ -25,6 +25,7 @@ import _bootstrap  # noqa: F401
 from megatron_implicit.cli import CommandParser, run_command
 
 FORMATS = ("megatron", "reference", "hf", "mamba_ssm")
+_FILE_WIDTH = 160
 
 
 def main() -> int:
@@ -74,6 +75,8 @@ def _print_report(result) -> None:
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _FILE_WIDTH  # into a file the table is not squeezed
     table = Table("part", "tensors", "parameters", "dtype", "largest error")
     for layer, tensors in result.layers().items():
         count = sum(_elements(tensor.shape) for tensor in tensors)

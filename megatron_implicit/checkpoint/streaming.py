@@ -164,6 +164,23 @@ def _read_metadata(file: Path) -> Metadata:
     return metadata
 
 
+def refuse_unsafe_pickles(folder: Path) -> None:
+    """Reads, with unpicklers that run nothing, what Megatron-Core is going to unpickle to load a model's weights.
+
+    Weights are passed on among strangers, and a checksum says nothing of what a file does.
+
+    Raises:
+        CheckpointError: a file asks for more than a checkpoint's own types.
+    """
+    _read_metadata(folder / METADATA_FILE)
+    file = folder / COMMON_FILE
+    try:
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{file} cannot be read ({reason}): it is damaged or unsafe") from None
+
+
 # ---------------------------------------------------------------- writing
 
 

@@ -98,4 +98,5 @@ def _our_logits(model: StoredModel, ids: Tensor) -> Tensor:
 
 def _fixed_evaluations(config: Config) -> Config:
     inference = dataclasses.replace(config.inference, max_iterations=_EVALUATIONS, tolerance=0.0)
-    return on_one_process(dataclasses.replace(config, inference=inference))
+    train = dataclasses.replace(config.train, precision="fp32")
+    return on_one_process(dataclasses.replace(config, inference=inference, train=train))

@@ -51,6 +51,18 @@ def test_logits_are_those_of_transformers(tmp_path: Path, make, changes: dict) -
     assert folders.config_json(back) == folders.config_json(source)
 
 
+def loaded_logits(folder: str, ids: torch.Tensor) -> torch.Tensor:
+    """The logits of a folder on all processes of the job."""
+    return load_pretrained(folder)(ids).logits
+
+
+def test_a_foreign_folder_is_divided_over_a_job(pool, tmp_path: Path) -> None:
+    source = folders.random_llama(tmp_path / "source", num_key_value_heads=2)
+    expected = load_pretrained(source)(IDS).logits
+    for logits in pool(2).run(loaded_logits, str(source), IDS):
+        assert float((logits - expected).abs().max()) <= 1e-5
+
+
 @pytest.mark.parametrize("family", ["explicit_llama", "explicit_mamba2"])
 def test_our_models_are_written_for_transformers_without_its_config(tmp_path: Path, family: str) -> None:
     reference = folders.write_reference(tmp_path / "reference", family)

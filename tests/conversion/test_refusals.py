@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_implicit import load_pretrained
 from megatron_implicit.errors import CheckpointError, MegatronImplicitError
 from tests import goldens
 from tests.conversion import folders
@@ -241,6 +242,8 @@ def test_malicious_pickles_of_a_checkpoint_are_not_run(checkpoint: Path, file: s
     content = pickle.dumps(Exploit(checkpoint / "executed"))
     (checkpoint / file).write_bytes(content)
     with_checksums(checkpoint)
+    with pytest.raises(CheckpointError, match="unsafe"):
+        load_pretrained(checkpoint)
     if file == ".metadata":
         refused(checkpoint, "megatron", "reference", r"\.metadata cannot be read \(it asks for posix.mkdir\)")
     else:
