@@ -129,7 +129,8 @@ class GroupChannel:
 
     def received(self, direction: Direction, microbatch: int) -> None:
         sent = self._sent[direction]
-        self._settle(direction, max((place for place, entry in enumerate(sent, 1) if entry[0] == microbatch), default=0))
+        places = (place for place, entry in enumerate(sent, 1) if entry[0] == microbatch)
+        self._settle(direction, max(places, default=0))
 
     def close(self, farewell: Header) -> None:
         for direction in Direction:

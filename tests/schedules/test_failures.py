@@ -18,7 +18,6 @@ from megatron_implicit.errors import NonFiniteIterateError, PipelineError
 from megatron_implicit.schedules import Kind, Limits, Outcome, StageLogic, StepPlan
 from megatron_implicit.schedules.driver import Driver
 from megatron_implicit.schedules.tape import StageTape
-from megatron_implicit.solver import SolveSettings
 from tests.distributed.harness import DistributedError, run_distributed
 from tests.schedules.runs import run_on_threads, thread_errors
 from tests.schedules.toy import Problem, ToyStage
