@@ -42,7 +42,8 @@ class Stages:
 
     def _keep_logits(self, head: Any, inputs: Any, output: tuple[Tensor, None]) -> None:
         logits = gather_from_tensor_model_parallel_region(output[0].detach(), group=self.model.decoder.tp_group)
-        self.logits = logits[..., : self.config.model.vocab_size].float().transpose(0, 1)
+        # The loss works on the logits in place.
+        self.logits = logits[..., : self.config.model.vocab_size].float().transpose(0, 1).clone()
 
     def run(self, forward_only: bool) -> tuple[Optional[float], Optional[Tensor], SolveTrace]:
         """Loss, logits and trace of the golden batch, on every stage."""

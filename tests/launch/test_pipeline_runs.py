@@ -35,7 +35,8 @@ def test_two_stages_write_what_one_process_writes(runs: Runs, family: str) -> No
         for name in SAME:
             assert metrics[step][name] == expected[step][name], (step, name)
         for name in CLOSE:
-            assert metrics[step][name] == pytest.approx(expected[step][name], rel=1e-4), (step, name)
+            same = expected[step][name] and pytest.approx(expected[step][name], rel=1e-4)  # null in explicit models
+            assert metrics[step][name] == same, (step, name)
     for step in (4, 8):
         assert metrics[step]["validation_loss"] == pytest.approx(expected[step]["validation_loss"], rel=1e-5)
 
