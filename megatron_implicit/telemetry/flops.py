@@ -1,4 +1,4 @@
-"""Floating-point operations of a model by token, and what the device could do.
+"""Floating-point operations of a model by token; ``device.peaks`` has what devices could do.
 
 Counted are the matrix products a forward pass must do (a multiply-add is 2): projections, the chunked SSD scan in its
 matrix form (arXiv 2405.21060, section 6), attention over the full square as FLOP counters do, and the head. A backward
@@ -67,21 +67,3 @@ def _llama_layer(config: Config, tokens: int) -> tuple[float, int]:
     rows = width + 2 * (width // model.num_heads) * model.num_query_groups
     attention = 4 * tokens * width
     return 2 * width * rows + attention + 2 * width * width + 6 * width * model.ffn_size, rows
-
-
-PEAK_FLOPS: dict[str, dict[str, float]] = {
-    "V100": {"fp32": 15.7e12},
-    "A100": {"bf16": 312e12, "fp32": 19.5e12},
-    "H100": {"bf16": 989e12, "fp32": 67e12},
-    "H200": {"bf16": 989e12, "fp32": 67e12},
-    "MI300X": {"bf16": 1307e12, "fp32": 163.4e12},
-}
-"""Dense peak by device and precision, from the makers' data sheets (SXM forms)."""
-
-
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Peak of a device in FLOP/s; None where it is unknown (every CPU)."""
-    for name, peaks in PEAK_FLOPS.items():
-        if name in device_name:
-            return peaks.get(precision)
-    return None

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from megatron_implicit.config import SolverConfig
 from megatron_implicit.device import current_platform
-from megatron_implicit.telemetry.flops import model_flops, peak_flops
+from megatron_implicit.device.peaks import peak_flops
+from megatron_implicit.telemetry.flops import model_flops
 from megatron_implicit.telemetry.metrics_file import MetricsWriter
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.solver_statistics import FIELDS, solver_statistics
