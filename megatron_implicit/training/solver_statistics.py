@@ -2,70 +2,77 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_implicit.config import SolverConfig
 from megatron_implicit.solver import SolveTrace
 from megatron_implicit.solver.trace import QUANTILES
 
 from megatron.core import parallel_state  # isort: skip
 
 FIELDS = (
-    "iterations_mean", "iterations_max", "evaluations_mean", "evaluations_max", "evaluations_skew",
-    "residual_mean", "residual_max", *(f"token_residual_p{round(100 * q)}" for q in QUANTILES), "unconverged_fraction",
+    "iterations_mean", "iterations_max", "evaluations_mean", "evaluations_p50", "evaluations_p99", "evaluations_max",
+    "evaluations_skew", "residual_mean", "residual_p50", "residual_p90", "residual_p99", "residual_max",
+    *(f"token_residual_p{round(100 * q)}" for q in QUANTILES), "unconverged_fraction",
 )  # fmt: skip
 """Names of the statistics; all null in explicit models."""
 
+Statistics = dict[str, float | None]
 
-def solver_statistics(traces: list[SolveTrace], solver: SolverConfig, device: torch.device) -> dict[str, float | None]:
+
+def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.device) -> Statistics:
     """Statistics of a step; every rank must call it.
+
+    Read where the step waits for the device anyway: they cost one small collective and no wait of their own.
 
     Args:
         traces: of this replica's microbatches.
-        solver: of the phase; without a tolerance nothing can be unconverged, and an unrolled phase has no residuals.
-        device: of the collectives.
+        tolerance: of the solves; without one nothing can be unconverged. An unrolled phase has no residuals.
+        device: of the collective.
 
     Returns:
-        by FIELDS: means and maxima over all samples of all replicas; ``evaluations_skew``, by how much the replicas'
-        mean evaluations differ; quantiles over the tokens this rank holds.
+        by FIELDS: over all samples of all replicas; ``evaluations_skew``, by how much the replicas' mean evaluations
+        differ; ``token_residual``'s quantiles over the tokens this rank holds.
     """
-    values = torch.stack(
-        [
-            torch.cat([trace.iterations for trace in traces]).double(),
-            torch.cat([trace.evaluations for trace in traces]).double(),
-            torch.cat([trace.accepted_residuals for trace in traces]).double(),
-            torch.cat([~trace.converged for trace in traces]).double(),
-        ]
-    ).to(device)
-    own_means, peaks = values.mean(dim=1), values.amax(dim=1)
-    means, highest, skew = _over_replicas(own_means, peaks)
-    quantiles = _token_quantiles(traces)
+    values = torch.stack([_all(traces, name).to(torch.float64) for name in _OF_SAMPLES]).to(device)
+    replicas = [torch.empty_like(values) for _ in range(parallel_state.get_data_parallel_world_size())]
+    dist.all_gather(replicas, values, group=parallel_state.get_data_parallel_group())
+    by_replica = torch.stack(replicas).tolist()  # [replicas, 4, samples of one]
+    iterations, evaluations, residuals, converged = (sum(rows, []) for rows in zip(*by_replica))
+    evaluations_of_replicas = [_mean(rows[1]) for rows in by_replica]
     statistics = {
-        "iterations_mean": means[0],
-        "iterations_max": highest[0],
-        "evaluations_mean": means[1],
-        "evaluations_max": highest[1],
-        "evaluations_skew": skew,
-        "residual_mean": means[2],
-        "residual_max": highest[2],
-        **{f"token_residual_p{round(100 * q)}": value for q, value in zip(QUANTILES, quantiles)},
-        "unconverged_fraction": means[3] if solver.tolerance > 0 else None,
+        "iterations_mean": _mean(iterations),
+        "iterations_max": max(iterations),
+        **_distribution("evaluations", evaluations, (0.5, 0.99)),
+        "evaluations_skew": max(evaluations_of_replicas) - min(evaluations_of_replicas),
+        **_distribution("residual", residuals, (0.5, 0.9, 0.99)),
+        **{f"token_residual_p{round(100 * q)}": value for q, value in zip(QUANTILES, _token_quantiles(traces))},
+        "unconverged_fraction": 1 - _mean(converged) if tolerance > 0 else None,
     }
-    return {name: _number(value) for name, value in statistics.items()}
+    return {name: _number(statistics[name]) for name in FIELDS}
 
 
-def _over_replicas(own_means: Tensor, peaks: Tensor) -> tuple[list[float], list[float], float]:
-    """(means, maxima, spread of the mean evaluations); replicas have equally many samples."""
-    group = parallel_state.get_data_parallel_group()
-    lowest = torch.stack((own_means[1], -own_means[1]))
-    means = own_means.clone()
-    dist.all_reduce(means, group=group)
-    peaks = torch.cat((peaks, lowest))
-    dist.all_reduce(peaks, op=dist.ReduceOp.MAX, group=group)
-    *highest, largest, negative_smallest = peaks.tolist()
-    return (means / group.size()).tolist(), highest, largest + negative_smallest
+_OF_SAMPLES = ("iterations", "evaluations", "accepted_residuals", "converged")
+
+
+def _all(traces: list[SolveTrace], name: str) -> Tensor:
+    return torch.cat([getattr(trace, name) for trace in traces])
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _distribution(name: str, values: list[float], quantiles: tuple[float, ...]) -> dict[str, float]:
+    """Mean, quantiles (of the nearest rank) and maximum."""
+    ordered = sorted(values)
+    if any(math.isnan(value) for value in values):
+        ordered = [math.nan] * len(values)
+    found = {f"{name}_p{round(100 * q)}": ordered[math.ceil(q * len(ordered)) - 1] for q in quantiles}
+    return {f"{name}_mean": _mean(values), **found, f"{name}_max": ordered[-1]}
 
 
 def _token_quantiles(traces: list[SolveTrace]) -> list[float]:

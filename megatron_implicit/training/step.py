@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,9 @@ from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch
 from megatron_implicit.errors import DivergedError, NonFiniteIterateError
 from megatron_implicit.solver import SolveTrace
+from megatron_implicit.telemetry.timing import switch_to, timed_as
 from megatron_implicit.training.optimizer import TrainingParts
+from megatron_implicit.training.solver_statistics import solver_statistics
 
 from megatron.core import parallel_state  # isort: skip
 from megatron.core.distributed import finalize_model_grads  # isort: skip
@@ -33,6 +35,8 @@ class StepResult:
     """Rate the step was taken with."""
     traces: list[SolveTrace] = field(default_factory=list)
     """Solver statistics of this replica's microbatches, in order."""
+    statistics: dict[str, Optional[float]] = field(default_factory=dict)
+    """Of the solves of all replicas, by ``FIELDS`` of ``solver_statistics``; empty in explicit models."""
 
 
 class StepRunner:
@@ -46,7 +50,7 @@ class StepRunner:
     def __init__(self, config: Config, parts: TrainingParts) -> None:
         self._config, self._parts = config, parts
         transformer = parts.model.module.config
-        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.finalize_model_grads_func = _finalize_model_grads
         transformer.grad_scale_func = parts.optimizer.scale_loss
         self._microbatches = config.train.global_batch_size // (
             config.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
@@ -65,7 +69,9 @@ class StepRunner:
         parts.optimizer.zero_grad()
 
         def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+            switch_to("data_wait")
             batch = {name: value.to(device) for name, value in next(iterator).items()}
+            switch_to("forward")
             losses = _token_losses(model, batch, step, len(traces))
             traces.append(parts.model.module.decoder.trace)
             return losses, lambda output: _mean_loss(output, batch["loss_mask"])
@@ -80,6 +86,10 @@ class StepRunner:
             forward_only=False,
         )
         loss = self._agreed_loss(step, [report["loss"] for report in reports], traces)
+        statistics = {}
+        if self._config.implicit:
+            statistics = solver_statistics(traces, parts.model.module.decoder.solver.tolerance, device)
+        switch_to("optimizer")
         parts.scheduler.step(1)
         _, grad_norm, _ = parts.optimizer.step()
         if not math.isfinite(grad_norm or 0.0):
@@ -87,7 +97,7 @@ class StepRunner:
                 f"step {step}: the gradient norm is {grad_norm}; the last checkpoint is intact. Resume from it with a "
                 "lower optimizer.learning_rate in a branch (a new run.dir and checkpoint.load)"
             )
-        return StepResult(loss, float(grad_norm or 0.0), parts.optimizer.param_groups[0]["lr"], traces)
+        return StepResult(loss, float(grad_norm or 0.0), parts.optimizer.param_groups[0]["lr"], traces, statistics)
 
     def _agreed_loss(self, step: int, losses: list[Tensor], traces: list[SolveTrace]) -> float:
         """The mean loss over all replicas; every replica raises if an iterate of any is not finite."""
@@ -110,6 +120,12 @@ class StepRunner:
         return loss
 
 
+def _finalize_model_grads(*args: Any, **kwargs: Any) -> None:
+    """Megatron-Core's reduction of gradients; it waits where our clock does not see it."""
+    with timed_as("communication"):
+        finalize_model_grads(*args, **kwargs)
+
+
 def _token_losses(model: Any, batch: Batch, step: int, microbatch: int) -> Tensor:
     """Cross-entropy of every token, [b, s]."""
     try:
@@ -121,4 +137,5 @@ def _token_losses(model: Any, batch: Batch, step: int, microbatch: int) -> Tenso
 def _mean_loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Megatron-Core's loss function: mean over counted tokens, and what to report."""
     loss = (losses.float() * mask).sum() / mask.sum()
+    switch_to("backward")  # the schedule's next act
     return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss in place

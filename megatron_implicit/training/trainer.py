@@ -15,9 +15,11 @@ from torch import nn
 from megatron_implicit.checkpoint import TrainingState
 from megatron_implicit.config import Config
 from megatron_implicit.device import current_platform
+from megatron_implicit.device.collectives import observe_collectives
 from megatron_implicit.device.kernels import describe
 from megatron_implicit.models.decoder import FixedPointDecoder
 from megatron_implicit.solver import SolveSettings
+from megatron_implicit.telemetry.timing import StepClock, StepTimes, timed_as
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.curriculum import Curriculum, Phase
 from megatron_implicit.training.data import TrainingData
@@ -46,6 +48,8 @@ class StepRecord:
     phase: Phase
     result: StepResult
     seconds: float
+    times: StepTimes
+    """What the seconds went to, on this rank."""
     validation: Optional[HeldOutLoss] = None
     metrics: Optional[dict[str, Any]] = None
 
@@ -73,6 +77,8 @@ class Trainer:
         self.initial_validation: Optional[HeldOutLoss] = None
         self._curriculum = Curriculum(config)
         self._runner = StepRunner(config, parts)
+        self._clock = StepClock()
+        observe_collectives(lambda: timed_as("communication"))
 
     @property
     def model(self) -> nn.Module:
@@ -118,13 +124,14 @@ class Trainer:
         for callback in self.callbacks:
             callback.before_step(self, step)
         began = time.perf_counter()
-        result = self._runner.run(step, batches, self.device)
+        with self._clock.step():
+            result = self._runner.run(step, batches, self.device)
         seconds = time.perf_counter() - began
         train = self.config.train
         self.state.step = step
         self.state.consumed_samples += train.global_batch_size
         self.state.consumed_tokens += train.global_batch_size * self.config.data.sequence_length
-        return StepRecord(step, phase, result, seconds)
+        return StepRecord(step, phase, result, seconds, self._clock.times)
 
     def saved_state(self) -> TrainingState:
         """The state with every callback's, for a checkpoint."""

@@ -13,7 +13,7 @@ from megatron_implicit.device.peaks import peak_flops
 from megatron_implicit.telemetry.flops import model_flops
 from megatron_implicit.telemetry.metrics_file import MetricsWriter
 from megatron_implicit.training.callbacks.base import Callback
-from megatron_implicit.training.solver_statistics import FIELDS, solver_statistics
+from megatron_implicit.training.solver_statistics import FIELDS
 
 if TYPE_CHECKING:
     from megatron_implicit.training.trainer import StepRecord, Trainer
@@ -36,9 +36,7 @@ class Metrics(Callback):
         config = trainer.config
         tokens_per_step = config.train.global_batch_size * config.data.sequence_length
         solver = record.phase.solver
-        statistics = dict.fromkeys(FIELDS)
-        if config.implicit:
-            statistics = solver_statistics(record.result.traces, solver, trainer.device)
+        statistics = dict.fromkeys(FIELDS) | record.result.statistics
         flops = self._step_flops(trainer, statistics, solver) * tokens_per_step / dist.get_world_size()
         record.metrics = {
             "step": record.step,
