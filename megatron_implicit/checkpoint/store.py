@@ -27,6 +27,8 @@ from megatron.core.dist_checkpointing.validation import StrictHandling  # isort:
 class TrainingState:
     """What besides tensors defines where a run stands; JSON, the same on all ranks."""
 
+    run_id: str = ""
+    """The same in all jobs of the run; what dashboards continue a curve by."""
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0

@@ -6,7 +6,7 @@ import math
 import typing
 
 from megatron_implicit.config.resolve import solver_of_phase
-from megatron_implicit.config.schema import Config, InferenceConfig, SolverConfig
+from megatron_implicit.config.schema import Config, InferenceConfig, SolverConfig, TelemetryConfig
 from megatron_implicit.errors import ConfigError
 
 
@@ -236,7 +236,7 @@ def _validate_training(config: Config) -> None:
     if train.stop_after_steps is not None:
         _positive("train", train, "stop_after_steps")
     _positive("checkpoint", config.checkpoint, "keep_last")
-    _positive("telemetry", config.telemetry, "console_every")
+    _validate_telemetry(config.telemetry)
     _require(
         0 <= schedule.warmup_fraction < 1,
         f"schedule.warmup_fraction={schedule.warmup_fraction} must lie in [0, 1): some step must reach the peak",
@@ -247,6 +247,14 @@ def _validate_training(config: Config) -> None:
         f"schedule.warmup_fraction={schedule.warmup_fraction} + schedule.decay_fraction={schedule.decay_fraction} "
         "exceed 1: shorten one of them",
     )
+
+
+def _validate_telemetry(telemetry: TelemetryConfig) -> None:
+    _positive("telemetry", telemetry, "console_every")
+    _one_of("telemetry", telemetry, "wandb")
+    every, port = telemetry.rank_file_every_s, telemetry.prometheus_port
+    _require(every >= 0, f"telemetry.rank_file_every_s={every} must not be negative")
+    _require(0 <= port < 65536, f"telemetry.prometheus_port={port} must be a port, or 0 for a free one")
 
 
 def _validate_debug(config: Config) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
+import time
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -33,6 +35,7 @@ from megatron_implicit.training.callbacks import (
     Faults,
     Metrics,
     Plots,
+    Reporting,
     Validation,
 )
 from megatron_implicit.training.data import TrainingData, open_run_tokenizer
@@ -92,7 +95,7 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
     state, origin = TrainingState(data_fingerprint=data.fingerprint), Origin("start", f"new run in {config.run.dir}")
     if source is not None:
         state, origin = _restore(config, source, parts, data, branch=resumed is None)
-    state.attempt = _next_attempt(config)
+    state.attempt, state.run_id = _next_attempt(config), _agreed_run_id(state.run_id)
     _prepare_folder(config)
     trainer = Trainer(config, parts, data, state, origin, device, callbacks or standard_callbacks(config))
     trainer.restore_callbacks()
@@ -102,7 +105,7 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
 def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
-    return [*faults, Validation(), Metrics(), Console(), Checkpointing(), Plots(), Events()]
+    return [*faults, Validation(), Metrics(), Console(), Reporting(), Checkpointing(), Plots(), Events()]
 
 
 def _refuse_disagreement(source: Optional[Path]) -> None:
@@ -130,6 +133,13 @@ def _next_attempt(config: Config) -> int:
     return message[0]
 
 
+def _agreed_run_id(known: str) -> str:
+    """The run's, or rank 0's new one."""
+    message = [known or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"]
+    dist.broadcast_object_list(message, src=0)
+    return message[0]
+
+
 def _restore(
     config: Config, source: Path, parts: TrainingParts, data: TrainingData, *, branch: bool
 ) -> tuple[TrainingState, Origin]:
@@ -147,7 +157,7 @@ def _restore(
         )
     state.data_fingerprint = data.fingerprint
     if branch:
-        state.parent, state.callbacks = str(source), {}
+        state.parent, state.callbacks, state.run_id = str(source), {}, ""
         return state, Origin("branch", f"from {source} at step {state.step}")
     return state, Origin("resume", f"from {source.name}")
 

@@ -20,6 +20,14 @@ FIELDS = (
 )  # fmt: skip
 """Names of the statistics; all null in explicit models."""
 
+OWN_FIELDS = tuple(
+    f"own_{name}" for name in (
+        "evaluations_mean", "evaluations_p50", "evaluations_p99", "evaluations_max",
+        "residual_p50", "residual_p90", "residual_p99", "unconverged_fraction",
+    )
+)  # fmt: skip
+"""The same of this replica alone."""
+
 Statistics = dict[str, float | None]
 
 
@@ -34,7 +42,7 @@ def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.
         device: of the collective.
 
     Returns:
-        by FIELDS: over all samples of all replicas; ``evaluations_skew``, by how much the replicas' mean evaluations
+        by FIELDS and OWN_FIELDS: over all samples of all replicas; ``evaluations_skew``, by how much the replicas' mean evaluations
         differ; ``token_residual``'s quantiles over the tokens this rank holds.
     """
     values = torch.stack([_all(traces, name).to(torch.float64) for name in _OF_SAMPLES]).to(device)
@@ -52,7 +60,11 @@ def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.
         **{f"token_residual_p{round(100 * q)}": value for q, value in zip(QUANTILES, _token_quantiles(traces))},
         "unconverged_fraction": 1 - _mean(converged) if tolerance > 0 else None,
     }
-    return {name: _number(statistics[name]) for name in FIELDS}
+    own = by_replica[parallel_state.get_data_parallel_rank()]
+    statistics |= {f"own_{name}": value for name, value in _distribution("evaluations", own[1], (0.5, 0.99)).items()}
+    statistics |= {f"own_{name}": value for name, value in _distribution("residual", own[2], (0.5, 0.9, 0.99)).items()}
+    statistics["own_unconverged_fraction"] = 1 - _mean(own[3]) if tolerance > 0 else None
+    return {name: _number(statistics[name]) for name in (*FIELDS, *OWN_FIELDS)}
 
 
 _OF_SAMPLES = ("iterations", "evaluations", "accepted_residuals", "converged")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_implicit.device.collectives import observe_collectives
 from megatron_implicit.device.kernels import describe
 from megatron_implicit.models.decoder import FixedPointDecoder
 from megatron_implicit.solver import SolveSettings
+from megatron_implicit.telemetry.line_file import LineFile
 from megatron_implicit.telemetry.timing import StepClock, StepTimes, timed_as
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.curriculum import Curriculum, Phase
@@ -77,13 +77,18 @@ class Trainer:
         self.initial_validation: Optional[HeldOutLoss] = None
         self._curriculum = Curriculum(config)
         self._runner = StepRunner(config, parts)
-        self._clock = StepClock()
+        self._clock, self._events = StepClock(), LineFile(self.run_dir / EVENTS_FILE)
         observe_collectives(lambda: timed_as("communication"))
 
     @property
     def model(self) -> nn.Module:
         """The model without its data-parallel wrapper."""
         return self.parts.model.module
+
+    @property
+    def run_id(self) -> str:
+        """The same in all jobs of this run."""
+        return self.state.run_id
 
     @property
     def last_step(self) -> int:
@@ -102,6 +107,13 @@ class Trainer:
         Raises:
             MegatronImplicitError: the run cannot go on; the message says why and what to do.
         """
+        try:
+            self._run()
+        finally:
+            for callback in self.callbacks:
+                callback.on_exit(self)
+
+    def _run(self) -> None:
         try:
             for callback in self.callbacks:
                 callback.on_start(self)
@@ -158,8 +170,9 @@ class Trainer:
             "rank": dist.get_rank(),
             "message": message,
         }
-        with open(self.run_dir / EVENTS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._events.write(line)
+        for callback in self.callbacks:
+            callback.on_event(self, line)
 
     def summary(self) -> str:
         """What is about to run, in a few lines."""

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_implicit.errors import DataError
-from megatron_implicit.telemetry.metrics_file import MetricsWriter, read_metrics
+from megatron_implicit.telemetry.line_file import LineFile
+from megatron_implicit.telemetry.metrics_file import read_metrics
 
 
 def write(path: Path, *records: dict[str, object]) -> None:
-    writer = MetricsWriter(path)
+    writer = LineFile(path)
     for record in records:
         writer.write(record)
     writer.close()
@@ -33,7 +34,7 @@ def test_the_last_line_of_a_step_counts(tmp_path: Path) -> None:
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path / "metrics.jsonl")
+    writer = LineFile(tmp_path / "metrics.jsonl")
     writer.write({"step": 1})
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}]
     writer.close()

@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 
 from megatron_implicit.errors import DataError
-from megatron_implicit.telemetry.metrics_file import MetricsWriter
+from megatron_implicit.telemetry.line_file import LineFile
 from megatron_implicit.telemetry.plots import _read_run, write_plots
 from tests.telemetry.runs import implicit_run, record
 
@@ -21,7 +21,7 @@ run: {name: a run}
 
 
 def make_run(folder: Path, records: list[dict[str, Any]], config: str | None = None) -> Path:
-    writer = MetricsWriter(folder / "metrics.jsonl")
+    writer = LineFile(folder / "metrics.jsonl")
     for values in records:
         writer.write(values)
     writer.close()

@@ -10,6 +10,9 @@ from megatron_implicit.training.callbacks.events import Events
 from megatron_implicit.training.callbacks.faults import Faults
 from megatron_implicit.training.callbacks.metrics import Metrics
 from megatron_implicit.training.callbacks.plots import Plots
+from megatron_implicit.training.callbacks.reporting import Reporting
 from megatron_implicit.training.callbacks.validation import Validation
 
-__all__ = ["Callback", "Checkpointing", "Console", "Events", "Faults", "Metrics", "Plots", "Validation"]
+__all__ = [
+    "Callback", "Checkpointing", "Console", "Events", "Faults", "Metrics", "Plots", "Reporting", "Validation",
+]  # fmt: skip
