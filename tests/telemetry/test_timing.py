@@ -25,8 +25,8 @@ def test_parts_add_up_to_the_step() -> None:
     elapsed = time.perf_counter() - began
     seconds = clock.times.seconds()
     assert set(seconds) == {*PARTS, "step"}
-    assert 0.03 <= seconds["solve"] < 0.05 and 0.03 <= seconds["communication"] < 0.05
-    assert seconds["step"] == pytest.approx(elapsed, abs=0.005)
+    assert seconds["solve"] >= 0.03 and seconds["communication"] >= 0.03
+    assert seconds["step"] == pytest.approx(elapsed, abs=0.02)
     assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["step"])
 
 
@@ -61,5 +61,5 @@ def _one_rank_is_slow() -> dict[str, float]:
 
 def test_the_rank_that_others_wait_for_is_the_one_that_does_not_wait(pool) -> None:
     fast, slow = pool(2).run(_one_rank_is_slow)
-    assert fast["communication"] > 0.2 and fast["solve"] < 0.15
-    assert slow["communication"] < 0.1 and slow["solve"] >= 0.3
+    assert fast["communication"] > 0.15 > fast["solve"]
+    assert slow["communication"] < 0.15 and slow["solve"] >= 0.3

@@ -34,6 +34,7 @@ class Metrics(Callback):
             "step": record.step,
             "time": time.time(),
             "attempt": trainer.state.attempt,
+            "ranks": dist.get_world_size(),
             "tokens": trainer.state.consumed_tokens,
             "loss": record.result.loss,
             "grad_norm": record.result.grad_norm,
