@@ -1,8 +1,8 @@
 """Pretrains a model: ``torchrun --nproc-per-node N launch/pretrain.py --config launch/configs/NAME.yaml [--KEY VALUE]``
 
-``--dry-run`` builds the model without allocating it and prints parameters, memory a rank and FLOPs a token.
-The same ``run.dir`` resumes; a new one with ``checkpoint.load`` branches. ``megatron_implicit/exits.py`` has its exit
-codes.
+Under srun (one task a rank) and mpirun it is the same command without torchrun. ``--dry-run`` builds the model without
+allocating it and prints parameters, memory a rank and FLOPs a token. The same ``run.dir`` resumes; a new one with
+``checkpoint.load`` branches. ``megatron_implicit/exits.py`` has its exit codes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.environment import enter  # noqa: E402
 from megatron_implicit import exits  # noqa: E402
 from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 
@@ -30,12 +31,12 @@ def main() -> None:
         if "--dry-run" in arguments:
             _dry_run([argument for argument in arguments if argument != "--dry-run"])
         else:
-            _pretrain(arguments)
+            code = _pretrain(arguments)
     except MegatronImplicitError as error:
         code = error.exit_code
         _report(str(error))
     except OSError as error:
-        code = exits.FAILURE
+        code = exits.RESTART
         _report(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except KeyboardInterrupt:
         code = exits.INTERRUPTED
@@ -44,12 +45,11 @@ def main() -> None:
     except SystemExit as end:
         code = end.code or exits.DONE
     except BaseException:
-        code = exits.FAILURE
+        code = exits.RESTART
         traceback.print_exc()
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # other ranks may wait in a collective: leave without joining them
+        exits.leave(code)  # other ranks may wait in a collective: leave without joining them
+    exits.record_exit(exits.DONE)
 
 
 def _report(message: str) -> None:
@@ -61,7 +61,8 @@ def _report(message: str) -> None:
     print(f"error: {place}{' '.join(message.split())}", file=sys.stderr, flush=True)
 
 
-def _pretrain(arguments: list[str]) -> None:
+def _pretrain(arguments: list[str]) -> int:
+    enter()
     from megatron_implicit.comm.groups import place_from_environment, stop_process_group
     from megatron_implicit.device import prepare_megatron
 
@@ -70,8 +71,10 @@ def _pretrain(arguments: list[str]) -> None:
 
     place = place_from_environment()
     config = configure(arguments, prog="launch/pretrain.py")
-    open_session(config, place).run()
+    trainer = open_session(config, place)
+    trainer.run()
     stop_process_group()
+    return exits.REQUEUE if trainer.interrupted else exits.DONE
 
 
 def _dry_run(arguments: list[str]) -> None:

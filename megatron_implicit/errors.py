@@ -51,9 +51,25 @@ class NonFiniteIterateError(MegatronImplicitError):
         return NonFiniteIterateError(evaluation=self.evaluation, samples=self.samples, step=step, microbatch=microbatch)
 
 
+class LeaseLostError(MegatronImplicitError):
+    """Another job works on the run's folder now: this one may not write there any more."""
+
+
+class DesyncError(MegatronImplicitError):
+    """Ranks that should hold the same parameters do not: the memory of one of them, or its arithmetic, went wrong."""
+
+    exit_code = exits.RESTART
+
+
 class DivergedError(MegatronImplicitError):
     """The loss or the gradient is no longer finite."""
 
 
 class LaunchError(MegatronImplicitError):
     """The machine or launcher does not provide what the run needs."""
+
+
+class MachineError(MegatronImplicitError):
+    """Ranks or machines that went wrong; another start, perhaps on other machines, may succeed."""
+
+    exit_code = exits.RESTART

@@ -7,6 +7,11 @@ another start from the last checkpoint, as RESTART is, but not without end.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
+from typing import NoReturn
+
 DONE = 0
 """Finished: nothing is left to do."""
 FAILURE = 1
@@ -18,7 +23,33 @@ INCOMPLETE = 3
 REQUEUE = 75
 """Stopped in good order before its end, on a signal or near the time limit, with a checkpoint: start it again."""
 RESTART = 76
-"""Ended by its own watch (a hung rank, ranks or parameters that went wrong in memory): its last checkpoint is good and
-another start may succeed; limit how often that is tried without progress."""
+"""Something broke that is not the run's own: an unexpected exception, a file system or machine that failed, or its own
+watch ended it (a hung rank, ranks or parameters that went wrong in memory). Its last checkpoint is good and another start
+may succeed; limit how often that is tried without progress."""
 INTERRUPTED = 130
 """By the keyboard."""
+
+EXIT_FILE_VARIABLE = "MEGATRON_IMPLICIT_EXIT_FILE"
+"""Environment variable naming a file to which each rank that ends adds a line 'RANK CODE'."""
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process now, without waiting for threads or other ranks, and leaves word of its code.
+
+    A launcher reports one code for all ranks: the highest, be it of a rank that was killed because another one ended. The
+    file has what each rank meant.
+    """
+    record_exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def record_exit(code: int) -> None:
+    """Adds 'RANK CODE' to the file of EXIT_FILE_VARIABLE, if that is set."""
+    path = os.environ.get(EXIT_FILE_VARIABLE)
+    if path:
+        # One write of a short line to a file opened for appending: lines of several ranks do not mix. Without room on
+        # the disk the process must end all the same.
+        with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as file:
+            file.write(f"{os.environ.get('RANK', 0)} {code}\n")

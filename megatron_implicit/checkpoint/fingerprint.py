@@ -7,8 +7,8 @@ from typing import Any, Iterator
 from megatron_implicit.config import Config, config_to_dict
 from megatron_implicit.errors import CheckpointError
 
-FREE_SECTIONS = ("parallel", "checkpoint", "telemetry", "debug", "run")
-"""Sections that may differ: layout, bookkeeping, names."""
+FREE_SECTIONS = ("parallel", "checkpoint", "health", "telemetry", "debug", "run")
+"""Sections that may differ: layout, bookkeeping, care, names."""
 FREE_KEYS = (
     "data.path", "data.tokenizer", "data.cache_dir", "train.validate_every", "train.validation_batches",
     "train.stop_after_steps",

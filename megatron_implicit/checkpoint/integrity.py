@@ -1,4 +1,4 @@
-"""Proof that a checkpoint is whole: a manifest of sizes and checksums, made by all ranks together."""
+"""Proof that a checkpoint is whole: a manifest of the sizes and checksums of its files."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import TypedDict
+from typing import Optional, TypedDict
 
 import torch.distributed as dist
 
 from megatron_implicit.checkpoint.layout import MANIFEST_FILE, sync_folder, write_durably
+from megatron_implicit.comm.agreement import first_problem
 from megatron_implicit.errors import CheckpointError
 
 _BLOCK = 1 << 22
@@ -23,20 +24,35 @@ class FileEntry(TypedDict):
     crc32: int
 
 
-def write_manifest(folder: Path) -> None:
-    """Every rank syncs and sums its share of the files, rank 0 writes the list; all ranks must call it."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    listing = [_files(folder) if rank == 0 else None]
-    dist.broadcast_object_list(listing, src=0)  # one list, whatever each rank's view of a shared file system
-    files = listing[0]
-    mine = {name: _measure(folder / name, sync=True) for name in files[rank::world]}
-    shares: list[dict[str, FileEntry] | None] = [None] * world
-    dist.all_gather_object(shares, mine)
-    if rank == 0:
-        entries = {name: entry for share in shares for name, entry in share.items()}
-        write_durably(folder / MANIFEST_FILE, json.dumps({"files": entries}, indent=1, sort_keys=True))
-        sync_folder(folder)
-    dist.barrier()
+def write_manifest(folder: Path, entries: dict[str, FileEntry]) -> None:
+    """Writes the list of a folder's files; for one rank.
+
+    Args:
+        folder: of a checkpoint.
+        entries: what is known of its files, by their path in the folder; the others are synced and summed here.
+    """
+    others = {name: measure_file(folder / name) for name in _files(folder) if name not in entries}
+    write_durably(folder / MANIFEST_FILE, json.dumps({"files": {**entries, **others}}, indent=1, sort_keys=True))
+    sync_folder(folder)
+
+
+def find_problem(folder: Path) -> Optional[str]:
+    """What is wrong with a checkpoint, naming the file; None if it is whole. Ranks of a job share the work, and all
+    must call it; they get the same answer."""
+    entries, problem = _read_manifest(folder)
+    grouped = dist.is_initialized() and dist.get_world_size() > 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+    share = sorted(entries)[rank::world]
+    problem = problem or next((text for name in share if (text := _problem(folder / name, entries[name]))), None)
+    if grouped:
+        problem = first_problem(problem)
+    return problem
+
+
+def find_obvious_problem(folder: Path) -> Optional[str]:
+    """As ``find_problem``, without reading the files: none missing, all of their size. For a single process."""
+    entries, problem = _read_manifest(folder)
+    return problem or next((text for name in entries if (text := _misfit(folder / name, entries[name]))), None)
 
 
 def verify_manifest(folder: Path) -> None:
@@ -45,37 +61,35 @@ def verify_manifest(folder: Path) -> None:
     Raises:
         CheckpointError: a file is missing, truncated or altered; names the first one.
     """
-    try:
-        entries: dict[str, FileEntry] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        raise CheckpointError(
-            f"{folder} has no readable {MANIFEST_FILE}: it is not a whole checkpoint; take another"
-        ) from None
-    grouped = dist.is_initialized() and dist.get_world_size() > 1
-    rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
-    problem = next(
-        (text for name in sorted(entries)[rank::world] if (text := _problem(folder / name, entries[name]))), None
-    )
-    if grouped:
-        problems: list[str | None] = [None] * world
-        dist.all_gather_object(problems, problem)
-        problem = next((text for text in problems if text), None)
+    problem = find_problem(folder)
     if problem:
-        raise CheckpointError(
-            f"{problem}: the checkpoint is damaged; write the name of an earlier step_... folder to "
-            f"{folder.parent / 'latest'}"
-        )
+        raise CheckpointError(f"{problem}: the checkpoint is damaged; give an earlier step_... folder")
 
 
-def _problem(path: Path, expected: FileEntry) -> str | None:
+def measure_file(path: Path) -> FileEntry:
+    """Size and checksum of a file; it is on disk when this returns."""
+    return _measure(path, sync=True)
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, FileEntry], Optional[str]]:
+    try:
+        return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"], None
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}, f"{folder} has no readable {MANIFEST_FILE}"
+
+
+def _misfit(path: Path, expected: FileEntry) -> Optional[str]:
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
-    if size != expected["bytes"]:
-        return f"{path} has {size} bytes instead of {expected['bytes']}"
-    if _measure(path)["crc32"] != expected["crc32"]:
+    return f"{path} has {size} bytes instead of {expected['bytes']}" if size != expected["bytes"] else None
+
+
+def _problem(path: Path, expected: FileEntry) -> Optional[str]:
+    misfit = _misfit(path, expected)
+    if misfit is None and _measure(path)["crc32"] != expected["crc32"]:
         return f"{path} does not match its checksum"
-    return None
+    return misfit
 
 
 def _files(folder: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """Folders of a run's checkpoints: ``checkpoints/step_00000100/`` and the text file ``checkpoints/latest``.
 
-A step's folder is written as ``step_00000100.partial`` and renamed when everything in it is on disk; ``latest`` moves
-after that. Whatever is interrupted, the newest whole checkpoint stays named.
+A step's folder is written as ``step_00000100.attempt0.partial`` and renamed when everything in it is on disk; ``latest``
+moves after that. Whatever is interrupted, the newest whole checkpoint stays named. One that turns out damaged is renamed
+to ``step_00000100.damaged``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import yaml
 
@@ -32,9 +33,9 @@ class CheckpointFolder:
         """Folder of one step's checkpoint."""
         return self.path / f"step_{step:08d}"
 
-    def partial_folder(self, step: int) -> Path:
-        """Where that checkpoint is written before it is whole."""
-        return self.path / f"step_{step:08d}.partial"
+    def partial_folder(self, step: int, attempt: int = 0) -> Path:
+        """Where an attempt writes that checkpoint before it is whole; no two attempts write to the same."""
+        return self.path / f"step_{step:08d}.attempt{attempt}.partial"
 
     def steps(self) -> list[int]:
         """Steps of all whole checkpoints, ascending."""
@@ -43,10 +44,10 @@ class CheckpointFolder:
         return sorted(int(match[1]) for entry in self.path.iterdir() if (match := _STEP.match(entry.name)))
 
     def latest(self) -> Path | None:
-        """The checkpoint that ``latest`` names; None if there is none yet.
+        """The checkpoint that ``latest`` names, there or not; None if there is none yet.
 
         Raises:
-            CheckpointError: ``latest`` names a folder that is not there, or is missing although there are checkpoints.
+            CheckpointError: ``latest`` is missing although there are checkpoints.
         """
         pointer = self.path / "latest"
         if not pointer.is_file():
@@ -55,35 +56,64 @@ class CheckpointFolder:
                     f"{self.path} holds checkpoints but no 'latest': write the name of a step_... folder to {pointer}"
                 )
             return None
-        folder = self.path / pointer.read_text(encoding="utf-8").strip()
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{pointer} names {folder.name}, which is not there: write the name of a folder that is"
-            )
-        return folder
+        return self.path / pointer.read_text(encoding="utf-8").strip()
 
-    def publish(self, step: int) -> Path:
-        """Renames the partial folder of a step and moves ``latest`` to it; everything in it must be on disk."""
+    def candidates(self) -> list[Path]:
+        """Checkpoints a run may go on from, in order: what ``latest`` names, then the ones before it."""
+        latest = self.latest()
+        if latest is None:
+            return []
+        return [latest, *(self.step_folder(step) for step in reversed(self.steps()) if self.step_folder(step) < latest)]
+
+    def publish(self, partial: Path, step: int, fence: Callable[[str], None] = lambda purpose: None) -> Path:
+        """Renames a partial folder and moves ``latest`` to it; everything in it must be on disk.
+
+        Args:
+            partial: what ``partial_folder`` gave.
+            step: of the checkpoint.
+            fence: called with what is about to be done, before it is; raises where this job may not.
+        """
         final = self.step_folder(step)
+        fence(f"the checkpoint {final.name}")
         if final.exists():
             shutil.rmtree(final)
-        os.replace(self.partial_folder(step), final)
+        os.replace(partial, final)
         sync_folder(self.path)
-        temporary = self.path / "latest.partial"
-        write_durably(temporary, final.name + "\n")
-        os.replace(temporary, self.path / "latest")
-        sync_folder(self.path)
+        fence("moving 'latest'")
+        self.point_to(final)
         return final
 
-    def prune(self, keep_last: int, keep_every: int) -> None:
+    def point_to(self, folder: Path) -> None:
+        """Makes ``latest`` name a checkpoint."""
+        temporary = self.path / "latest.partial"
+        write_durably(temporary, folder.name + "\n")
+        os.replace(temporary, self.path / "latest")
+        sync_folder(self.path)
+
+    def set_aside(self, damaged: Path) -> None:
+        """Renames a damaged checkpoint, so that it is neither taken nor counted again."""
+        if damaged.is_dir():
+            aside = damaged.with_name(f"{damaged.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(damaged, aside)
+
+    def remove_leftovers(self) -> None:
+        """Removes what earlier attempts did not finish."""
+        for path in self.path.glob("step_*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def prune(self, keep_last: int, keep_every: int, is_ephemeral: Callable[[int], bool] = lambda step: False) -> None:
         """Removes all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps.
 
-        Checkpoints newer than ``latest`` are left alone: after a roll-back they are not this run's.
+        An ephemeral checkpoint stays only while it is the newest, and does not count. Checkpoints newer than
+        ``latest`` are left alone: after a roll-back they are not this run's.
         """
         latest = self.latest()
-        older = [step for step in self.steps() if latest is not None and self.step_folder(step) <= latest]
-        for step in older[:-keep_last]:
-            if not (keep_every and step % keep_every == 0):
+        steps = [step for step in self.steps() if latest is not None and self.step_folder(step) <= latest]
+        lasting = [step for step in steps if not is_ephemeral(step)]
+        kept = {*steps[-1:], *lasting[-keep_last:], *(step for step in lasting if keep_every and step % keep_every == 0)}
+        for step in steps:
+            if step not in kept:
                 shutil.rmtree(self.step_folder(step))
 
 
@@ -97,6 +127,10 @@ def locate_checkpoint(path: Path) -> Path:
         return path
     for candidate in (path, path / "checkpoints"):
         latest = CheckpointFolder(candidate).latest()
+        if latest is not None and not latest.is_dir():
+            raise CheckpointError(
+                f"{candidate / 'latest'} names {latest.name}, which is not there: write the name of a folder that is"
+            )
         if latest is not None:
             return latest
     raise CheckpointError(f"{path} holds no checkpoint: give a run's folder, its checkpoints/ or one step_... folder")

@@ -1,21 +1,16 @@
-"""Saves and loads training state through Megatron-Core's dist_checkpointing, on any tensor x data layout."""
+"""What a checkpoint holds, and loading it through Megatron-Core's dist_checkpointing on any tensor x data layout."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_implicit.checkpoint.integrity import verify_manifest, write_manifest
-from megatron_implicit.checkpoint.layout import CONFIG_FILE, STATE_FILE, CheckpointFolder, write_durably
-from megatron_implicit.config import Config, save_config
-from megatron_implicit.device.megatron import collect_checkpoint_writes_in_process
+from megatron_implicit.checkpoint.integrity import verify_manifest
+from megatron_implicit.checkpoint.random_state import random_state, restore_random_state
 from megatron_implicit.errors import CheckpointError
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip
@@ -27,14 +22,14 @@ from megatron.core.dist_checkpointing.validation import StrictHandling  # isort:
 class TrainingState:
     """What besides tensors defines where a run stands; JSON, the same on all ranks."""
 
-    run_id: str = ""
-    """The same in all jobs of the run; what dashboards continue a curve by."""
     step: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Sequences read, over all replicas."""
     consumed_tokens: int = 0
     """Tokens of those."""
+    run_id: str = ""
+    """The same in all jobs of the run."""
     attempt: int = 0
     """Jobs that have worked on the run, this one included; counted from 0."""
     layout: list[int] = field(default_factory=list)
@@ -45,42 +40,8 @@ class TrainingState:
     """Checkpoint the run branched off."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """State of each callback, by its name."""
-
-
-def save_checkpoint(
-    folder: CheckpointFolder, config: Config, state: TrainingState, model: nn.Module, optimizer: Any, scheduler: Any
-) -> Path:
-    """Writes a whole checkpoint of this step and moves ``latest`` to it; all ranks must call it.
-
-    Args:
-        folder: the run's ``checkpoints/``.
-        config: resolved.
-        state: counters and callbacks' states.
-        model: as ``build_model`` returns it (not wrapped).
-        optimizer: Megatron-Core's.
-        scheduler: Megatron-Core's OptimizerParamScheduler.
-
-    Returns:
-        the step's folder.
-    """
-    partial = folder.partial_folder(state.step)
-    if dist.get_rank() == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    collect_checkpoint_writes_in_process()
-    shards = _training_shards(model, optimizer, loading=False)
-    shards["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(shards, str(partial), validate_access_integrity=True)
-    if dist.get_rank() == 0:
-        save_config(config, partial / CONFIG_FILE)
-        write_durably(partial / STATE_FILE, json.dumps(vars(state), indent=1))
-    dist.barrier()
-    write_manifest(partial)
-    if dist.get_rank() == 0:
-        folder.publish(state.step)
-    dist.barrier()
-    return folder.step_folder(state.step)
+    health: dict[str, Any] = field(default_factory=dict)
+    """What ``StepHealth`` remembers."""
 
 
 def load_training_state(
@@ -88,18 +49,19 @@ def load_training_state(
 ) -> None:
     """Fills model, optimizer, scheduler and, on the same layout, every rank's random generators.
 
+    The caller has made sure that the checkpoint is whole (``integrity``).
+
     Raises:
-        CheckpointError: the checkpoint is damaged or holds another model.
+        CheckpointError: it holds another model.
     """
-    verify_manifest(step_folder)
-    shards = _training_shards(model, optimizer, loading=True)
+    shards = training_shards(model, optimizer, loading=True)
     if not same_layout:
         del shards["random"]  # one a rank: other ranks, other generators; the current seeds stay
     loaded = _load(shards, step_folder)
     optimizer.load_state_dict(loaded["optimizer"])
     scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
-        _restore_random_state(loaded["random"])
+        restore_random_state(loaded["random"])
 
 
 def load_model_weights(model: nn.Module, step_folder: Path) -> None:
@@ -147,28 +109,11 @@ def _metadata() -> dict[str, Any]:
     }
 
 
-def _training_shards(model: nn.Module, optimizer: Any, *, loading: bool) -> dict[str, Any]:
+def training_shards(model: nn.Module, optimizer: Any, *, loading: bool) -> dict[str, Any]:
+    """What a checkpoint holds of a rank's model, optimizer and random generators."""
     metadata = _metadata()
     shards: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
     shards["optimizer"] = optimizer.sharded_state_dict(shards["model"], is_loading=loading, metadata=metadata)
     rank, world = dist.get_rank(), dist.get_world_size()
-    shards["random"] = ShardedObject("random", None if loading else _random_state(), (world,), (rank,))
+    shards["random"] = ShardedObject("random", None if loading else random_state(), (world,), (rank,))
     return shards
-
-
-def _random_state() -> dict[str, Any]:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    state = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    if torch.cuda.is_initialized():
-        state["device"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    torch.set_rng_state(state["torch"])
-    get_cuda_rng_tracker().set_states(state["tracker"])
-    if "device" in state:
-        torch.cuda.set_rng_state(state["device"])

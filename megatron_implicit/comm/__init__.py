@@ -1,6 +1,7 @@
 """Process groups and what travels over them: Megatron-Core's groups, reductions, and division of dimensions.
 
 ``groups`` starts torch.distributed and Megatron-Core's parallel state; ``reductions`` holds the sums and agreements
-the solver and the norms need; ``partition`` says which slice of a dimension a rank owns. Imports only ``config``,
-``device`` and ``errors``.
+the solver and the norms need; ``agreement`` what all ranks of a job agree on beside the computation; ``partition`` says
+which slice of a dimension a rank owns; ``preflight`` finds ranks that compute or communicate wrongly or slowly. Imports
+only ``config``, ``device`` and ``errors``.
 """

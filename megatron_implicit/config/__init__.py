@@ -14,6 +14,7 @@ from megatron_implicit.config.schema import (
     Config,
     DataConfig,
     DebugConfig,
+    HealthConfig,
     InferenceConfig,
     ModelConfig,
     OptimizerConfig,
@@ -27,7 +28,7 @@ from megatron_implicit.config.schema import (
 )
 
 __all__ = [
-    "CheckpointConfig", "Config", "DataConfig", "DebugConfig", "InferenceConfig", "ModelConfig", "OptimizerConfig",
-    "ParallelConfig", "PhaseConfig", "RunConfig", "ScheduleConfig", "SolverConfig", "TelemetryConfig", "TrainConfig",
+    "CheckpointConfig", "Config", "DataConfig", "DebugConfig", "HealthConfig", "InferenceConfig", "ModelConfig",
+    "OptimizerConfig", "ParallelConfig", "PhaseConfig", "RunConfig", "ScheduleConfig", "SolverConfig", "TelemetryConfig", "TrainConfig",
     "config_from_dict", "config_to_dict", "load_config", "save_config",
 ]  # fmt: skip

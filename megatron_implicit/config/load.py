@@ -97,7 +97,7 @@ def save_config(config: Config, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-JOB_KEYS = (("train", "stop_after_steps"), ("debug", "inject"))
+JOB_KEYS = (("train", "stop_after_steps"), ("run", "time_limit_minutes"), ("debug", "inject"))
 """Keys that a resumed run does not inherit."""
 
 

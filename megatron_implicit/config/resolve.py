@@ -34,6 +34,8 @@ def resolve(config: Config) -> Config:
         config.parallel.distributed_optimizer = True
     if config.parallel.microbatches_in_flight is None:
         config.parallel.microbatches_in_flight = 2 * config.parallel.pipeline
+    if config.health.hang_minutes is None:
+        config.health.hang_minutes = 0.8 * config.parallel.timeout_minutes
     if config.run.name is None:
         config.run.name = Path(config.run.dir).name
     return config

@@ -218,8 +218,50 @@ class CheckpointConfig:
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none."""
+    ephemeral_every: int = 0
+    """Steps between checkpoints that live only until the next one is whole, so that a crash costs less; 0 makes none."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; false waits until a checkpoint is on disk."""
     load: Optional[str] = None
     """Checkpoint (a run's folder, its checkpoints/ or one step's folder) that a new run branches off."""
+
+
+Policy = Literal["log", "skip", "retry", "stop"]
+"""log: count and report; skip: leave out the step's update; retry: repeat the step from the same state, and skip it if
+it stays bad; stop: end the run."""
+
+
+@dataclass
+class HealthConfig:
+    """What is done about bad steps, ranks that drift apart and ranks that hang."""
+
+    nonfinite: Literal["skip", "retry", "stop"] = "skip"
+    """Loss, gradient or iterate is not finite. Parameters that are not finite always stop the run."""
+    gradient_spike: Policy = "log"
+    """The gradient norm exceeds its recent mean by gradient_spike_sigmas."""
+    gradient_spike_sigmas: float = 8.0
+    """Standard deviations of the recent gradient norms that make a spike; 0 never sees one."""
+    loss_spike: Policy = "log"
+    """The loss exceeds its recent mean by loss_spike_sigmas."""
+    loss_spike_sigmas: float = 8.0
+    """Standard deviations of the recent losses that make a spike; 0 never sees one."""
+    divergence: Policy = "log"
+    """The solver's unconverged share or mean residual exceeds its limit."""
+    unconverged_limit: Optional[float] = None
+    """Largest share of a step's samples that may miss the tolerance; None sets no limit."""
+    residual_limit: Optional[float] = None
+    """Largest mean relative residual of a step; None sets no limit."""
+    window: int = 64
+    """Updates that 'recent' looks back on; spikes are judged once a quarter of them were made, anew in each phase."""
+    retries: int = 1
+    """How often a step is repeated under the policy retry."""
+    max_skipped: int = 10
+    """Steps skipped in a row after which the run stops."""
+    desync_every: int = 200
+    """Steps between comparisons of the parameters that several ranks hold; 0 never compares."""
+    hang_minutes: Optional[float] = None
+    """Minutes without progress after which a rank ends the job, with the stacks of all ranks in the log; 0 waits for
+    ever, None means 0.8 * parallel.timeout_minutes."""
 
 
 @dataclass
@@ -251,7 +293,8 @@ class DebugConfig:
     """Faults for tests."""
 
     inject: Optional[str] = None
-    """Fault for tests, 'KIND@STEP' or 'KIND@STEP:RANK': nonfinite_iterate, crash. Off by default."""
+    """Fault for tests, 'KIND@STEP' or 'KIND@STEP:RANK', KIND one of nonfinite_iterate, nan_gradient, gradient_spike,
+    loss_spike, diverging_solve, desync, hang, crash. Off by default."""
 
 
 @dataclass
@@ -262,6 +305,11 @@ class RunConfig:
     """Name in logs and dashboards; None means the folder's name."""
     dir: str = "runs/default"
     """The run's folder. The same folder resumes the run it holds."""
+    time_limit_minutes: Optional[float] = None
+    """Minutes after its start by which a job must have ended; None takes the one in
+    MEGATRON_IMPLICIT_END_TIME or SLURM_JOB_END_TIME, if any."""
+    time_margin_s: float = 60.0
+    """Seconds before that limit by which a job stops, on top of what a step and a checkpoint were seen to take."""
 
 
 @dataclass
@@ -279,6 +327,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     debug: DebugConfig = field(default_factory=DebugConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -23,6 +23,7 @@ def validate(config: Config) -> None:
     validate_inference("inference", config.inference)
     _validate_data(config)
     _validate_training(config)
+    _validate_health(config)
     _validate_debug(config)
 
 
@@ -228,13 +229,16 @@ def _validate_training(config: Config) -> None:
         ("optimizer", optimizer, ("weight_decay", "clip_grad_norm")),
         ("schedule", schedule, ("min_learning_rate",)),
         ("train", train, ("validate_every", "seed")),
-        ("checkpoint", config.checkpoint, ("save_every", "keep_every")),
+        ("checkpoint", config.checkpoint, ("save_every", "keep_every", "ephemeral_every")),
+        ("run", config.run, ("time_margin_s",)),
     ):
         for name in names:
             value = getattr(values, name)
             _require(value >= 0, f"{section}.{name}={value} must not be negative")
     if train.stop_after_steps is not None:
         _positive("train", train, "stop_after_steps")
+    if config.run.time_limit_minutes is not None:
+        _positive("run", config.run, "time_limit_minutes")
     _positive("checkpoint", config.checkpoint, "keep_last")
     _validate_telemetry(config.telemetry)
     _require(
@@ -257,16 +261,47 @@ def _validate_telemetry(telemetry: TelemetryConfig) -> None:
     _require(0 <= port < 65536, f"telemetry.prometheus_port={port} must be a port, or 0 for a free one")
 
 
+def _validate_health(config: Config) -> None:
+    health, timeout = config.health, config.parallel.timeout_minutes
+    _one_of("health", health, "nonfinite", "gradient_spike", "loss_spike", "divergence")
+    _positive("health", health, "max_skipped")
+    _require(health.window >= 8, f"health.window={health.window} must be at least 8: a spread needs some steps")
+    for name in ("gradient_spike_sigmas", "loss_spike_sigmas", "retries", "desync_every", "hang_minutes"):
+        value = getattr(health, name)
+        _require(value >= 0, f"health.{name}={value} must not be negative")
+    if health.unconverged_limit is not None:
+        _fraction("health.unconverged_limit", health.unconverged_limit)
+    if health.residual_limit is not None:
+        _positive("health", health, "residual_limit")
+    _require(
+        config.implicit or (health.unconverged_limit is None and health.residual_limit is None),
+        f"health.unconverged_limit and health.residual_limit need an implicit model: {config.model.family} has no solve",
+    )
+    _require(
+        health.divergence == "log" or health.unconverged_limit is not None or health.residual_limit is not None,
+        f"health.divergence={health.divergence} has no limit to go by: set health.unconverged_limit or "
+        "health.residual_limit",
+    )
+    _require(
+        health.hang_minutes < timeout,
+        f"health.hang_minutes={health.hang_minutes:g} must be below parallel.timeout_minutes={timeout:g}, or "
+        "collectives give up first and leave no stacks: lower it",
+    )
+
+
 def _validate_debug(config: Config) -> None:
     if config.debug.inject is not None:
         kind, _, _ = parse_fault(config.debug.inject)
         _require(
-            config.implicit or kind != "nonfinite_iterate",
-            f"debug.inject={config.debug.inject} needs an implicit model: {config.model.family} has no iterate",
+            config.implicit or kind not in ("nonfinite_iterate", "diverging_solve"),
+            f"debug.inject={config.debug.inject} needs an implicit model: {config.model.family} has no solve",
         )
 
 
-FAULTS = ("nonfinite_iterate", "crash")
+FAULTS = (
+    "nonfinite_iterate", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync", "hang", "crash",
+)  # fmt: skip
+"""Kinds of ``debug.inject``."""
 
 
 def parse_fault(text: str) -> tuple[str, int, int]:

@@ -7,13 +7,18 @@ other module imports Megatron-Core as it is; where 0.16 (Python 3.11) and 0.19 (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
 import inspect
+import itertools
 import logging
+import queue
 import warnings
-from typing import Any, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 
@@ -86,14 +91,109 @@ def accepted_arguments(function: Callable[..., Any], **arguments: Any) -> dict[s
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def collect_checkpoint_writes_in_process() -> None:
-    """Makes dist_checkpointing hand write results over by a plain queue instead of a Manager's.
+@dataclass
+class CheckpointPlan:
+    """What this rank has to write of a checkpoint, and what rank 0 needs to complete it."""
 
-    A synchronous save puts and gets them in one process. Upstream starts a Manager all the same: a process that costs
-    seconds to start, since it imports the main program again, and that outlives a rank that is killed.
+    request: Any
+    """Megatron-Core's AsyncRequest; its finalize functions are not used."""
+    bytes: int
+    """Tensor data this rank writes."""
+    strategy: Any
+    """Megatron-Core's save strategy; a next plan with the same divides the work as before."""
+    folder: Path
+
+    def complete(self, results: list[Any]) -> None:
+        """Writes the index of all shards; for rank 0, once everything is written.
+
+        Args:
+            results: of each rank: write results by writing process.
+        """
+        from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+        writer, metadata = self.strategy.base_strategy.planned
+        writer.finish(metadata, [list(itertools.chain.from_iterable(share.values())) for share in results if share])
+        save_config(CheckpointingConfig(self.strategy.backend, self.strategy.version), str(self.folder))
+
+
+def plan_checkpoint(
+    shards: dict[str, Any], folder: Path, group: torch.distributed.ProcessGroup, earlier: Optional[CheckpointPlan]
+) -> tuple[Optional[CheckpointPlan], Optional[str]]:
+    """Plans a checkpoint whose replicated shards are written by the ranks of ``group`` together; a collective.
+
+    Megatron-Core's own finalization is left out: a rank that fails in it leaves the others waiting for ever. What it
+    does is in :meth:`CheckpointPlan.complete`, and the caller sees to it that all ranks learn of a failure.
+
+    Args:
+        shards: sharded state dict of this rank.
+        folder: exists on rank 0.
+        group: ranks that hold the same shards.
+        earlier: plan of a checkpoint of the same structure.
+
+    Returns:
+        the plan, and the problem this rank met, if any.
     """
-    import queue
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
+    _collect_checkpoint_writes_in_process()
+    strategy = earlier.strategy if earlier else FullyParallelSaveStrategyWrapper(_save_strategy(), group, True)
+    with _keeping_errors_of_rank_0() as errors:
+        request = dist_checkpointing.save(
+            shards, str(folder), strategy, validate_access_integrity=earlier is None, async_sharded_save=True,
+            **accepted_arguments(dist_checkpointing.save, async_strategy="mcore"),
+        )  # fmt: skip
+    buckets = request.async_fn_args[1] if request.async_fn is not None else []
+    size = sum(tensor.nbytes for _, _, (_, tensors) in buckets for _, tensor in tensors)
+    return CheckpointPlan(request, size, strategy, folder), (str(errors[0]) if errors else None)
+
+
+def _save_strategy() -> Any:
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    class Strategy(TorchDistSaveShardedStrategy):
+        """Keeps what its finalization would have used."""
+
+        def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:
+            self.planned = (writer, planned[1])
+            function, preload, arguments = writer.get_save_function_and_args()
+            return AsyncRequest(function, arguments, [], preload_fn=preload)
+
+    return Strategy(**accepted_arguments(TorchDistSaveShardedStrategy.__init__, backend="torch_dist", version=1))
+
+
+@contextlib.contextmanager
+def _keeping_errors_of_rank_0() -> Iterator[list[Exception]]:
+    """Up to 0.17 rank 0 writes a file of its own amid the planning: were it to raise, the others would wait for ever."""
+    from megatron.core.dist_checkpointing.strategies import common
+
+    errors: list[Exception] = []
+    strategy = getattr(common, "TorchCommonSaveStrategy", None)
+    if strategy is None:
+        yield errors
+        return
+    save_common = strategy.save_common
+
+    def keeping(self: Any, *arguments: Any) -> None:
+        try:
+            save_common(self, *arguments)
+        except Exception as error:
+            errors.append(error)
+
+    strategy.save_common = keeping
+    try:
+        yield errors
+    finally:
+        strategy.save_common = save_common
+
+
+def _collect_checkpoint_writes_in_process() -> None:
+    """Makes dist_checkpointing plan without a Manager for the results of writing, which the caller hands over itself.
+
+    A Manager is a process that costs seconds to start, since it imports the main program again, and that outlives a
+    rank that is killed.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if filesystem_async._results_queue is None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import secrets
-import time
+import sys
 from pathlib import Path
 from typing import Optional, Sequence
 
@@ -19,13 +16,16 @@ from megatron_implicit.checkpoint import (
     read_checkpoint_config,
 )
 from megatron_implicit.checkpoint.fingerprint import refuse_changes, refuse_other_model
+from megatron_implicit.checkpoint.integrity import find_obvious_problem, find_problem, verify_manifest
 from megatron_implicit.checkpoint.layout import CONFIG_FILE, read_state
+from megatron_implicit.comm.agreement import control_group
 from megatron_implicit.comm.groups import Place, start_model_parallel, start_process_group
+from megatron_implicit.comm.preflight import check_ranks
 from megatron_implicit.config import Config, load_config, save_config
 from megatron_implicit.config.load import peek_run_dir
 from megatron_implicit.config.validate import validate_world
 from megatron_implicit.device import current_platform
-from megatron_implicit.errors import CheckpointError, ConfigError, LaunchError
+from megatron_implicit.errors import CheckpointError, ConfigError, MachineError
 from megatron_implicit.models import build_model
 from megatron_implicit.training.callbacks import (
     Callback,
@@ -33,6 +33,7 @@ from megatron_implicit.training.callbacks import (
     Console,
     Events,
     Faults,
+    Interruption,
     Metrics,
     Plots,
     Reporting,
@@ -40,14 +41,10 @@ from megatron_implicit.training.callbacks import (
 )
 from megatron_implicit.training.data import TrainingData, open_run_tokenizer
 from megatron_implicit.training.optimizer import TrainingParts, keeping_hyperparameters, prepare_training
-from megatron_implicit.training.trainer import EVENTS_FILE, Origin, Trainer
+from megatron_implicit.training.run_folder import RunFolder
+from megatron_implicit.training.trainer import Origin, Trainer
 
 from megatron.core import parallel_state  # isort: skip
-
-
-def resumable_checkpoint(run_dir: str) -> Optional[Path]:
-    """The checkpoint that a run in this folder goes on from; None for a new run."""
-    return CheckpointFolder(Path(run_dir) / "checkpoints").latest()
 
 
 def configure(arguments: Sequence[str], prog: str | None = None) -> Config:
@@ -57,7 +54,7 @@ def configure(arguments: Sequence[str], prog: str | None = None) -> Config:
         ConfigError: as ``load_config``.
         CheckpointError: a changed key that would alter the training of a resumed run, by name.
     """
-    checkpoint = resumable_checkpoint(peek_run_dir(arguments, prog))
+    checkpoint = _apparent_checkpoint(peek_run_dir(arguments, prog))
     if checkpoint is None:
         return load_config(arguments, prog=prog)
     saved = read_checkpoint_config(checkpoint)
@@ -75,16 +72,19 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
         callbacks: None takes the standard ones.
 
     Raises:
-        ConfigError, DataError, CheckpointError: nothing of the run has been written then.
+        ConfigError, DataError, CheckpointError: no file of the run but its lease and a damaged checkpoint's name has
+            changed then.
     """
+    callbacks = callbacks or standard_callbacks(config)  # first: from here on a signal is a request to stop
     validate_world(config, place.world_size)
     tokenizer = open_run_tokenizer(config)
-    resumed = resumable_checkpoint(config.run.dir)
+    resumed = _apparent_checkpoint(config.run.dir)
     source = resumed or (locate_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None)
-    saved = read_checkpoint_config(source) if source else None
-    if saved is not None:
-        (refuse_changes if resumed else refuse_other_model)(saved, config, str(source))
+    if source is not None:
+        (refuse_changes if resumed else refuse_other_model)(read_checkpoint_config(source), config, str(source))
     start_process_group(place, config.parallel.timeout_minutes)
+    control_group(config.parallel.timeout_minutes)
+    _warn_of_slow_ranks(place)
     _refuse_disagreement(source)
     start_model_parallel(config.parallel, config.train.seed)
     data = TrainingData(
@@ -92,12 +92,16 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
     )
     device = current_platform().device(place.local_rank)
     parts = prepare_training(config, build_model(config, initialise=source is None).to(device))
-    state, origin = TrainingState(data_fingerprint=data.fingerprint), Origin("start", f"new run in {config.run.dir}")
-    if source is not None:
-        state, origin = _restore(config, source, parts, data, branch=resumed is None)
-    state.attempt, state.run_id = _next_attempt(config), _agreed_run_id(state.run_id)
-    _prepare_folder(config)
-    trainer = Trainer(config, parts, data, state, origin, device, callbacks or standard_callbacks(config))
+    if resumed is None:
+        state, origin = _begin(config, source, parts, data)
+        folder = RunFolder.take(Path(config.run.dir))
+    else:
+        folder = RunFolder.take(Path(config.run.dir), read_state(source).get("run_id", ""))
+        state, origin = _resume(config, folder, parts, data)
+    state.run_id, state.attempt = folder.lease.run_id, folder.lease.attempt
+    if dist.get_rank() == 0:
+        save_config(config, folder.path / CONFIG_FILE)
+    trainer = Trainer(config, parts, data, folder, state, origin, device, callbacks)
     trainer.restore_callbacks()
     return trainer
 
@@ -105,61 +109,117 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
 def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
-    return [*faults, Validation(), Metrics(), Console(), Reporting(), Checkpointing(), Plots(), Events()]
+    return [
+        Interruption(config.run), *faults, Validation(), Metrics(), Console(), Reporting(), Checkpointing(), Plots(),
+        Events(),
+    ]  # fmt: skip
+
+
+def _warn_of_slow_ranks(place: Place) -> None:
+    """Lets every rank compute and communicate a little before anything is built.
+
+    Raises:
+        MachineError: a rank is wrong.
+    """
+    for line in check_ranks(current_platform().device(place.local_rank), place.local_rank):
+        if place.rank == 0:
+            print(f"warning: pre-flight: {line}", file=sys.stderr, flush=True)
 
 
 def _refuse_disagreement(source: Optional[Path]) -> None:
     """Ranks look for the checkpoint on their own: on a shared file system one may see it later than another.
 
     Raises:
-        LaunchError: they found different ones.
+        MachineError: they found different ones.
     """
     found: list[Optional[str]] = [None] * dist.get_world_size()
     dist.all_gather_object(found, str(source))
     if len(set(found)) > 1:
-        raise LaunchError(f"ranks see different checkpoints ({', '.join(sorted(set(found)))}): start the job again")
+        raise MachineError(f"ranks see different checkpoints ({', '.join(sorted(set(found)))}): start the job again")
 
 
-def _next_attempt(config: Config) -> int:
-    """How many jobs have already worked in the run's folder, by its events; read by rank 0."""
-    attempts = [-1]
-    events = Path(config.run.dir) / EVENTS_FILE
-    if dist.get_rank() == 0 and events.is_file():
-        for line in events.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-                attempts.append(int(json.loads(line)["attempt"]))
-    message = [max(attempts) + 1]
-    dist.broadcast_object_list(message, src=0)
-    return message[0]
+def _apparent_checkpoint(run_dir: str) -> Optional[Path]:
+    """The checkpoint that a run in this folder seems to go on from, without reading all of it; None for a new run.
+
+    Raises:
+        CheckpointError: the folder has checkpoints and none can be used.
+    """
+    candidates = CheckpointFolder(Path(run_dir) / "checkpoints").candidates()
+    problems = []
+    for candidate in candidates:
+        problem = find_obvious_problem(candidate)
+        if problem is None:
+            return candidate
+        problems.append(problem)
+    if problems:
+        raise CheckpointError(_none_is_whole(problems))
+    return None
 
 
-def _agreed_run_id(known: str) -> str:
-    """The run's, or rank 0's new one."""
-    message = [known or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"]
-    dist.broadcast_object_list(message, src=0)
-    return message[0]
+def _none_is_whole(problems: Sequence[str]) -> str:
+    return (
+        f"{problems[0]}, and no earlier checkpoint is whole: put one back, or start anew in another run.dir"
+    )
 
 
-def _restore(
-    config: Config, source: Path, parts: TrainingParts, data: TrainingData, *, branch: bool
+def _begin(
+    config: Config, source: Optional[Path], parts: TrainingParts, data: TrainingData
 ) -> tuple[TrainingState, Origin]:
+    """A new run, from its first step or off another run's checkpoint."""
+    if source is None:
+        return TrainingState(data_fingerprint=data.fingerprint), Origin("start", f"new run in {config.run.dir}")
+    verify_manifest(source)
     state = TrainingState(**read_state(source))
-    if state.data_fingerprint != data.fingerprint and not branch:
+    _refuse_short_branch(config, state, source)
+    _load(config, source, state, parts)
+    state.data_fingerprint = data.fingerprint
+    state.parent, state.callbacks, state.health = str(source), {}, {}
+    return state, Origin("branch", f"from {source} at step {state.step}")
+
+
+def _resume(
+    config: Config, folder: RunFolder, parts: TrainingParts, data: TrainingData
+) -> tuple[TrainingState, Origin]:
+    """The run goes on from its newest whole checkpoint; damaged ones are reported and set aside."""
+    source = _newest_whole_checkpoint(folder)
+    state = TrainingState(**read_state(source))
+    if state.data_fingerprint != data.fingerprint:
         raise CheckpointError(
             f"data.path={config.data.path} does not hold the data {source} was trained on: point data.path to it, or "
             "branch with a new run.dir and checkpoint.load"
         )
-    if branch:
-        _refuse_short_branch(config, state, source)
+    _load(config, source, state, parts)
+    return state, Origin("resume", f"from {source.name}")
+
+
+def _newest_whole_checkpoint(folder: RunFolder) -> Path:
+    """Verifies checkpoints, the newest first, all ranks together; takes the first whole one for ``latest``.
+
+    Raises:
+        CheckpointError: there is none; nothing has changed then.
+    """
+    checkpoints, damaged = CheckpointFolder(folder.path / "checkpoints"), {}
+    listing = [checkpoints.candidates() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(listing, src=0, group=control_group())
+    for candidate in listing[0]:
+        problem = find_problem(candidate)
+        if problem is not None:
+            damaged[candidate] = problem
+            continue
+        if dist.get_rank() == 0 and damaged:
+            checkpoints.point_to(candidate)
+            for path, text in damaged.items():
+                checkpoints.set_aside(path)
+                folder.warn("damaged_checkpoint", f"{text}: going on from {candidate.name} instead", 0)
+        return candidate
+    raise CheckpointError(_none_is_whole(list(damaged.values())))
+
+
+def _load(config: Config, source: Path, state: TrainingState, parts: TrainingParts) -> None:
     with keeping_hyperparameters(parts.optimizer):
         load_training_state(
             source, parts.model.module, parts.optimizer, parts.scheduler, same_layout=_same_layout(config, state)
         )
-    state.data_fingerprint = data.fingerprint
-    if branch:
-        state.parent, state.callbacks, state.run_id = str(source), {}, ""
-        return state, Origin("branch", f"from {source} at step {state.step}")
-    return state, Origin("resume", f"from {source.name}")
 
 
 def _refuse_short_branch(config: Config, state: TrainingState, source: Path) -> None:
@@ -178,12 +238,3 @@ def _refuse_short_branch(config: Config, state: TrainingState, source: Path) -> 
 def _same_layout(config: Config, state: TrainingState) -> bool:
     """Whether every rank finds its own random generator in the checkpoint."""
     return state.layout == [dist.get_world_size(), config.parallel.tensor, config.parallel.pipeline]
-
-
-def _prepare_folder(config: Config) -> None:
-    """Creates the run's folder and writes the resolved configuration, by rank 0."""
-    if dist.get_rank() == 0:
-        run_dir = Path(config.run.dir)
-        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / CONFIG_FILE)
-    dist.barrier()

@@ -42,7 +42,8 @@ def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.
         device: of the collective.
 
     Returns:
-        by FIELDS and OWN_FIELDS: over all samples of all replicas; ``evaluations_skew``, by how much the replicas' mean evaluations
+        by FIELDS and OWN_FIELDS: over all samples of all replicas; ``evaluations_skew``, by how much the replicas' mean
+        evaluations
         differ; ``token_residual``'s quantiles over the tokens this rank holds.
     """
     values = torch.stack([_all(traces, name).to(torch.float64) for name in _OF_SAMPLES]).to(device)

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_implicit.checkpoint.random_state import random_state, restore_random_state
+from megatron_implicit.comm.agreement import largest
 from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch
-from megatron_implicit.errors import DivergedError, NonFiniteIterateError
+from megatron_implicit.errors import DivergedError, MegatronImplicitError, NonFiniteIterateError
 from megatron_implicit.solver import SolveTrace
 from megatron_implicit.telemetry.timing import switch_to, timed_as
+from megatron_implicit.training.health import Action, Finding, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.solver_statistics import solver_statistics
 
 from megatron.core import parallel_state  # isort: skip
 from megatron.core.distributed import finalize_model_grads  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+
+
+@dataclass
+class Measured:
+    """What forward and backward of a step gave, before anything is done with it; the same on all ranks but for
+    ``traces`` and ``broken``."""
+
+    loss: float
+    """Mean cross-entropy over the global batch, in nats a token."""
+    traces: list[SolveTrace]
+    """Solver statistics of this replica's microbatches, in order."""
+    broken: Optional[MegatronImplicitError]
+    """A solve of some replica whose iterate is not finite, as this rank knows it."""
+    statistics: dict[str, Optional[float]] = field(default_factory=dict)
+    """Of the solver, over all replicas."""
+    grad_norm: float = 0.0
+    """Global norm before clipping; every logical parameter counted once."""
 
 
 @dataclass
@@ -36,7 +56,9 @@ class StepResult:
     traces: list[SolveTrace] = field(default_factory=list)
     """Solver statistics of this replica's microbatches, in order."""
     statistics: dict[str, Optional[float]] = field(default_factory=dict)
-    """Of the solves of all replicas, by ``FIELDS`` of ``solver_statistics``; empty in explicit models."""
+    """Of the solver, by ``FIELDS`` of ``solver_statistics``."""
+    skipped: bool = False
+    """Whether the update was left out, for the step's health."""
 
 
 class StepRunner:
@@ -45,10 +67,18 @@ class StepRunner:
     Args:
         config: resolved.
         parts: wrapped model, optimizer, schedule.
+        health: judges every step; None takes a new one.
+        on_gradients: called with the step's number once its gradients are there, before they are judged.
+        report: called with the step's number and every judgement that found something.
     """
 
-    def __init__(self, config: Config, parts: TrainingParts) -> None:
-        self._config, self._parts = config, parts
+    def __init__(
+        self, config: Config, parts: TrainingParts, health: Optional[StepHealth] = None,
+        on_gradients: Callable[[int], None] = lambda step: None,
+        report: Callable[[int, Verdict], None] = lambda step, verdict: None,
+    ) -> None:  # fmt: skip
+        self._config, self._parts, self._health = config, parts, health or StepHealth(config.health)
+        self._on_gradients, self._report = on_gradients, report
         transformer = parts.model.module.config
         transformer.finalize_model_grads_func = _finalize_model_grads
         transformer.grad_scale_func = parts.optimizer.scale_loss
@@ -57,19 +87,45 @@ class StepRunner:
         )
 
     def run(self, step: int, batches: Iterator[Batch], device: torch.device) -> StepResult:
-        """Forward and backward over this replica's microbatches, then the update.
+        """Forward and backward over this replica's microbatches, the judgement, then the update if it may be made.
 
         Raises:
-            NonFiniteIterateError: a solve diverged; names step and microbatch.
-            DivergedError: the loss or the gradient norm is not finite.
+            NonFiniteIterateError: a solve diverged and the run is to stop; names step and microbatch.
+            DivergedError: the step is bad in another way and the run is to stop.
         """
+        with timed_as("data_wait"):
+            microbatches = list(itertools.islice(batches, self._microbatches))
+        generators = random_state()
+        for repeats in itertools.count():
+            measured = self._forward_backward(step, microbatches, device)
+            if self._config.implicit:
+                tolerance = self._parts.model.module.decoder.solver.tolerance
+                measured.statistics = solver_statistics(measured.traces, tolerance, device)
+            switch_to("optimizer")
+            self._on_gradients(step)
+            self._parts.optimizer.prepare_grads()
+            measured.grad_norm = float(self._parts.optimizer.get_grad_norm() or 0.0)
+            verdict = self._judge(measured, repeats)
+            if verdict.findings:
+                self._report(step, verdict)
+            self._health.record(verdict, measured.loss, measured.grad_norm)
+            if verdict.action is not Action.RETRY:
+                break
+            restore_random_state(generators)
+        if verdict.action is Action.STOP:
+            raise measured.broken or DivergedError(
+                f"step {step}: {verdict.text}; no update was made. Branch off an earlier checkpoint with a lower "
+                "optimizer.learning_rate (a new run.dir and checkpoint.load)"
+            )
+        return self._finish(measured, skipped=verdict.action is Action.SKIP)
+
+    def _forward_backward(self, step: int, microbatches: list[Batch], device: torch.device) -> Measured:
         parts, traces = self._parts, []
         parts.model.train()
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()
 
         def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-            switch_to("data_wait")
             batch = {name: value.to(device) for name, value in next(iterator).items()}
             switch_to("forward")
             losses = _token_losses(model, batch, step, len(traces))
@@ -78,52 +134,58 @@ class StepRunner:
 
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=batches,
+            data_iterator=iter(microbatches),
             model=parts.model,
             num_microbatches=self._microbatches,
             seq_length=self._config.data.sequence_length,
             micro_batch_size=self._config.train.micro_batch_size,
             forward_only=False,
         )
-        loss = self._agreed_loss(step, [report["loss"] for report in reports], traces)
-        statistics = {}
-        if self._config.implicit:
-            statistics = solver_statistics(traces, parts.model.module.decoder.solver.tolerance, device)
-        switch_to("optimizer")
-        parts.scheduler.step(1)
-        _, grad_norm, _ = parts.optimizer.step()
-        if not math.isfinite(grad_norm or 0.0):
-            raise DivergedError(
-                f"step {step}: the gradient norm is {grad_norm}; the last checkpoint is intact. Resume from it with a "
-                "lower optimizer.learning_rate in a branch (a new run.dir and checkpoint.load)"
-            )
-        return StepResult(loss, float(grad_norm or 0.0), parts.optimizer.param_groups[0]["lr"], traces, statistics)
+        return self._agreed(step, [report["loss"] for report in reports], traces)
 
-    def _agreed_loss(self, step: int, losses: list[Tensor], traces: list[SolveTrace]) -> float:
-        """The mean loss over all replicas; every replica raises if an iterate of any is not finite."""
+    def _agreed(self, step: int, losses: list[Tensor], traces: list[SolveTrace]) -> Measured:
+        """The mean loss over all replicas, and whether an iterate of any is not finite."""
         broken = [trace.broken_at.max() if trace.broken_at is not None else losses[0].new_zeros(()) for trace in traces]
         worst = torch.stack(broken)
         sums = torch.stack((torch.stack(losses).mean(), (worst > 0).any().to(losses[0].dtype)))
         dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         total, replicas_broken = sums.tolist()
-        if replicas_broken:
-            for microbatch, trace in enumerate(traces):
-                if trace.broken_at is not None and bool(trace.broken_at.any()):
-                    raise NonFiniteIterateError.of(trace.broken_at).at(step, microbatch)
-            raise DivergedError(f"step {step}: the iterate of another replica is not finite: see its message")
         loss = total / parallel_state.get_data_parallel_world_size()
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"step {step}: the loss is {loss}; no update was made. Branch off an earlier checkpoint with a lower "
-                "optimizer.learning_rate"
-            )
-        return loss
+        return Measured(loss, traces, _broken_solve(step, traces) if replicas_broken else None)
+
+    def _judge(self, measured: Measured, repeats: int) -> Verdict:
+        """The judgement of all ranks: the most severe of any; a model that is lost can only stop."""
+        broken = str(measured.broken) if measured.broken else None
+        verdict = self._health.judge(measured.loss, measured.grad_norm, measured.statistics, broken, repeats)
+        action = Action(largest(verdict.action))
+        if action in (Action.SKIP, Action.RETRY) and largest(not self._parameters_are_finite()):
+            lost = Finding("nonfinite", "parameters are not finite, so that no step can be good")
+            return Verdict(Action.STOP, (*verdict.findings, lost))
+        return Verdict(action, verdict.findings)
+
+    def _parameters_are_finite(self) -> bool:
+        return all(bool(parameter.isfinite().all()) for parameter in self._parts.model.parameters())
+
+    def _finish(self, measured: Measured, *, skipped: bool) -> StepResult:
+        """Makes the update, or leaves it out; the schedule counts the step in both cases."""
+        self._parts.scheduler.step(1)
+        if not skipped:
+            self._parts.optimizer.step()
+        rate = self._parts.optimizer.param_groups[0]["lr"]
+        return StepResult(measured.loss, measured.grad_norm, rate, measured.traces, measured.statistics, skipped)
 
 
 def _finalize_model_grads(*args: Any, **kwargs: Any) -> None:
     """Megatron-Core's reduction of gradients; it waits where our clock does not see it."""
     with timed_as("communication"):
         finalize_model_grads(*args, **kwargs)
+
+
+def _broken_solve(step: int, traces: list[SolveTrace]) -> MegatronImplicitError:
+    for microbatch, trace in enumerate(traces):
+        if trace.broken_at is not None and bool(trace.broken_at.any()):
+            return NonFiniteIterateError.of(trace.broken_at).at(step, microbatch)
+    return DivergedError(f"step {step}: the iterate of another replica is not finite: see its message")
 
 
 def _token_losses(model: Any, batch: Batch, step: int, microbatch: int) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Optional, Sequence
 
 import torch
@@ -12,22 +11,22 @@ import torch.distributed as dist
 from torch import nn
 
 from megatron_implicit.checkpoint import TrainingState
+from megatron_implicit.comm.agreement import Agreement
 from megatron_implicit.config import Config
 from megatron_implicit.device import current_platform
 from megatron_implicit.device.collectives import observe_collectives
 from megatron_implicit.device.kernels import describe
 from megatron_implicit.models.decoder import FixedPointDecoder
 from megatron_implicit.solver import SolveSettings
-from megatron_implicit.telemetry.line_file import LineFile
 from megatron_implicit.telemetry.timing import StepClock, StepTimes, timed_as
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.curriculum import Curriculum, Phase
 from megatron_implicit.training.data import TrainingData
+from megatron_implicit.training.health import Action, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
+from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.step import StepResult, StepRunner
 from megatron_implicit.training.validation import HeldOutLoss
-
-EVENTS_FILE = "events.jsonl"
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Trainer:
         config: resolved.
         parts: wrapped model, optimizer and schedule.
         data: batches of this replica.
+        folder: the run's, whose lease this job holds.
         state: where the run stands.
         origin: how this job began.
         device: where the model is.
@@ -68,27 +68,31 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, parts: TrainingParts, data: TrainingData, state: TrainingState, origin: Origin,
-        device: torch.device, callbacks: Sequence[Callback],
+        self, config: Config, parts: TrainingParts, data: TrainingData, folder: RunFolder, state: TrainingState,
+        origin: Origin, device: torch.device, callbacks: Sequence[Callback],
     ) -> None:  # fmt: skip
         self.config, self.parts, self.data, self.state, self.origin = config, parts, data, state, origin
         self.device, self.callbacks = device, list(callbacks)
-        self.run_dir = Path(config.run.dir)
+        self.folder, self.run_dir = folder, folder.path
         self.initial_validation: Optional[HeldOutLoss] = None
-        self._curriculum = Curriculum(config)
-        self._runner = StepRunner(config, parts)
-        self._clock, self._events = StepClock(), LineFile(self.run_dir / EVENTS_FILE)
+        self.agreed: dict[str, int] = {}
+        """What the ranks agreed on during the last step, by the names of callbacks' proposals."""
+        self.save_seconds = 0.0
+        """What the last checkpoint took from its beginning until it was on disk."""
+        self.stop_reason: Optional[str] = None
+        """Why the job ends after this step, where it was asked to."""
+        self.health = StepHealth(config.health)
+        self.health.load_state_dict(state.health)
+        self._agreement, self._clock = Agreement(), StepClock()
         observe_collectives(lambda: timed_as("communication"))
+        folder.on_event = self._pass_event_on
+        self._curriculum = Curriculum(config)
+        self._runner = StepRunner(config, parts, self.health, self._after_backward, self._report_health)
 
     @property
     def model(self) -> nn.Module:
         """The model without its data-parallel wrapper."""
         return self.parts.model.module
-
-    @property
-    def run_id(self) -> str:
-        """The same in all jobs of this run."""
-        return self.state.run_id
 
     @property
     def last_step(self) -> int:
@@ -100,6 +104,15 @@ class Trainer:
     def next_phase(self) -> Phase:
         """The phase of the step that comes next."""
         return self._curriculum.phase(self.state.consumed_tokens)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the job ends before its last step because it was asked to: it is to be started again."""
+        return self.stop_reason is not None and self.state.step < self.last_step
+
+    def stop(self, reason: str) -> None:
+        """Makes the step that is being completed the last of this job; all ranks must call it."""
+        self.stop_reason = reason
 
     def run(self) -> None:
         """Runs this job's steps.
@@ -118,26 +131,30 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             batches = self.data.training_batches(self.state.consumed_samples)
-            while self.state.step < self.last_step:
+            while self.state.step < self.last_step and self.stop_reason is None:
                 record = self._run_step(batches)
                 for callback in self.callbacks:
                     callback.after_step(self, record)
+            for callback in self.callbacks:
+                callback.on_end(self)
         except BaseException as error:
             for callback in self.callbacks:
                 callback.on_failure(self, error)
             raise
-        for callback in self.callbacks:
-            callback.on_end(self)
 
     def _run_step(self, batches: Any) -> StepRecord:
         step, phase = self.state.step + 1, self.next_phase
         if isinstance(self.model.decoder, FixedPointDecoder):
             self.model.decoder.solver = SolveSettings.training(phase.solver)
+        self.health.enter_phase(phase.name)
         for callback in self.callbacks:
             callback.before_step(self, step)
+        self._agreement.begin({n: v for callback in self.callbacks for n, v in callback.proposals(self).items()})
         began = time.perf_counter()
         with self._clock.step():
             result = self._runner.run(step, batches, self.device)
+            with timed_as("communication"):
+                self.agreed = self._agreement.end()
         seconds = time.perf_counter() - began
         train = self.config.train
         self.state.step = step
@@ -145,10 +162,21 @@ class Trainer:
         self.state.consumed_tokens += train.global_batch_size * self.config.data.sequence_length
         return StepRecord(step, phase, result, seconds, self._clock.times)
 
+    def _after_backward(self, step: int) -> None:
+        for callback in self.callbacks:
+            callback.after_backward(self, step)
+
+    def _report_health(self, step: int, verdict: Verdict) -> None:
+        """Rank 0 says what was wrong with a step and what is done about it."""
+        if dist.get_rank() == 0:
+            done = {Action.ACCEPT: "the update is made"}.get(verdict.action, verdict.action.name.lower())
+            self.warn(verdict.findings[0].kind, f"step {step}: {verdict.text}: {done}")
+
     def saved_state(self) -> TrainingState:
         """The state with every callback's, for a checkpoint."""
         self.state.layout = [dist.get_world_size(), self.config.parallel.tensor, self.config.parallel.pipeline]
         self.state.callbacks = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        self.state.health = self.health.state_dict()
         return self.state
 
     def restore_callbacks(self) -> None:
@@ -162,17 +190,15 @@ class Trainer:
 
     def event(self, kind: str, message: str) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""
-        line = {
-            "time": time.time(),
-            "step": self.state.step,
-            "attempt": self.state.attempt,
-            "kind": kind,
-            "rank": dist.get_rank(),
-            "message": message,
-        }
-        self._events.write(line)
+        self.folder.event(kind, message, self.state.step)
+
+    def _pass_event_on(self, event: dict[str, Any]) -> None:
         for callback in self.callbacks:
-            callback.on_event(self, line)
+            callback.on_event(self, event)
+
+    def warn(self, kind: str, message: str) -> None:
+        """An event that is also said aloud."""
+        self.folder.warn(kind, message, self.state.step)
 
     def summary(self) -> str:
         """What is about to run, in a few lines."""

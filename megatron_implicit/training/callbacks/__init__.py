@@ -8,11 +8,13 @@ from megatron_implicit.training.callbacks.checkpointing import Checkpointing
 from megatron_implicit.training.callbacks.console import Console
 from megatron_implicit.training.callbacks.events import Events
 from megatron_implicit.training.callbacks.faults import Faults
+from megatron_implicit.training.callbacks.interruption import Interruption
 from megatron_implicit.training.callbacks.metrics import Metrics
 from megatron_implicit.training.callbacks.plots import Plots
 from megatron_implicit.training.callbacks.reporting import Reporting
 from megatron_implicit.training.callbacks.validation import Validation
 
 __all__ = [
-    "Callback", "Checkpointing", "Console", "Events", "Faults", "Metrics", "Plots", "Reporting", "Validation",
+    "Callback", "Checkpointing", "Console", "Events", "Faults", "Interruption", "Metrics", "Plots", "Reporting",
+    "Validation",
 ]  # fmt: skip

@@ -17,6 +17,13 @@ class Callback:
     def before_step(self, trainer: "Trainer", step: int) -> None:
         """Before step ``step`` (counted from 1)."""
 
+    def proposals(self, trainer: "Trainer") -> dict[str, int]:
+        """Numbers to agree on during the coming step; ``trainer.agreed`` has the largest of any rank after it."""
+        return {}
+
+    def after_backward(self, trainer: "Trainer", step: int) -> None:
+        """When a step's gradients are there, before they are judged; again for every repetition of the step."""
+
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         """After a step, with its record, which earlier callbacks may have completed."""
 

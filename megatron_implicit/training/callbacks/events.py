@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from megatron_implicit.errors import MegatronImplicitError
+from megatron_implicit.errors import LeaseLostError, MegatronImplicitError
 from megatron_implicit.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -30,10 +30,13 @@ class Events(Callback):
 
     def on_failure(self, trainer: "Trainer", error: BaseException) -> None:
         """Rank 0 reports any end; another rank only what it alone may know."""
+        if isinstance(error, LeaseLostError):
+            return  # the log is another job's now
         if dist.get_rank() == 0 or isinstance(error, MegatronImplicitError):
             trainer.event("error", f"{type(error).__name__}: {error}")
 
     def on_end(self, trainer: "Trainer") -> None:
-        done = trainer.state.step >= trainer.config.train.steps
+        step, steps = trainer.state.step, trainer.config.train.steps
+        why = f" ({trainer.stop_reason})" if trainer.interrupted else ""
         if self._speaks:
-            trainer.event("finish" if done else "stop", f"step {trainer.state.step} of {trainer.config.train.steps}")
+            trainer.event("finish" if step >= steps else "stop", f"step {step} of {steps}{why}")

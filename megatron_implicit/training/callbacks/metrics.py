@@ -49,6 +49,8 @@ class Metrics(Callback):
         }
         if record.validation is not None:
             record.metrics["validation_loss"] = record.validation.loss
+        if record.result.skipped:
+            record.metrics["skipped"] = True
 
     def _step_flops(self, trainer: "Trainer", statistics: dict[str, Any], solver: SolverConfig) -> float:
         if not trainer.config.implicit or solver.gradient == "unrolled":

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Plots(Callback):
-    """PNG files in the run's plots/ folder, by rank 0."""
+    """PNG files in the run's plots/ folder, by rank 0; not where the job has to make haste."""
 
     def on_end(self, trainer: "Trainer") -> None:
-        if dist.get_rank() == 0 and trainer.config.telemetry.plots:
+        if dist.get_rank() == 0 and trainer.config.telemetry.plots and not trainer.interrupted:
             from megatron_implicit.telemetry.plots import write_plots
 
             write_plots(trainer.run_dir)

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from megatron_implicit.comm.groups import place_from_environment
 from megatron_implicit.config import config_to_dict
 from megatron_implicit.device import current_platform
-from megatron_implicit.telemetry.line_file import LineFile
 from megatron_implicit.telemetry.sinks import Identity, SinkThread, standard_sinks
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.solver_statistics import OWN_FIELDS
@@ -32,7 +31,7 @@ class Reporting(Callback):
 
     def on_start(self, trainer: "Trainer") -> None:
         identity = identity_of(trainer)
-        metrics_file = LineFile(trainer.run_dir / "metrics.jsonl")
+        metrics_file = trainer.folder.line_file("metrics.jsonl")
         sinks = standard_sinks(trainer.config.telemetry, identity, metrics_file)
         self._thread = SinkThread(sinks, lambda trouble: self._say(trainer, trouble))
         if trainer.initial_validation is not None and identity.rank == 0:
@@ -56,7 +55,7 @@ class Reporting(Callback):
             self._thread.event(event)
 
     def state_dict(self) -> dict[str, Any]:
-        """A checkpoint's steps are in metrics.jsonl before the checkpoint is: a resumed run does not make them again."""
+        """Before a checkpoint the steps it has are in metrics.jsonl: a resumed run does not make them again."""
         if hasattr(self, "_thread"):
             self._thread.flush(PATIENCE_S)
         return {}
@@ -77,7 +76,7 @@ def identity_of(trainer: "Trainer") -> Identity:
     config, place = trainer.config, place_from_environment()
     return Identity(
         run=config.run.name,
-        run_id=trainer.run_id,
+        run_id=trainer.state.run_id,
         run_dir=trainer.run_dir,
         job=os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID") or "local",
         node=socket.gethostname(),

@@ -1,0 +1,107 @@
+"""Writes this rank's share of a checkpoint to disk: here, or in a forked process while training goes on.
+
+A fork sees memory as it was, so on a CPU nothing is copied first: the kernel copies the pages that training changes
+meanwhile. From a GPU, tensors are copied to the host before. Only the parent touches the device and the process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import warnings
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron_implicit.checkpoint.integrity import FileEntry, measure_file
+
+
+@dataclass
+class Written:
+    """What became of a rank's share."""
+
+    results: Any = field(default_factory=list)
+    """Megatron-Core's write results by writing process, or the exception that ended the writing."""
+    entries: dict[str, FileEntry] = field(default_factory=dict)
+    """For the manifest: the files of this rank."""
+
+
+class BackgroundWrite:
+    """One rank's writing of one checkpoint.
+
+    Args:
+        request: Megatron-Core's AsyncRequest of this rank.
+        asynchronous: fork; otherwise everything is on disk when this returns.
+    """
+
+    def __init__(self, request: Any, *, asynchronous: bool) -> None:
+        self._written: Optional[Written] = None
+        self._process: Any = None
+        if request.async_fn is None:
+            self._written = Written()  # nothing of the checkpoint is this rank's to write
+            return
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = request.preload_fn()
+        if not asynchronous:
+            self._written = _write(request, arguments)
+            return
+        self._connection, theirs = multiprocessing.Pipe(duplex=False)
+        self._process = multiprocessing.get_context("fork").Process(target=_child, args=(theirs, request, arguments))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+            self._process.start()
+        theirs.close()
+
+    def done(self) -> bool:
+        """Whether the share is on disk, or never will be."""
+        if self._written is None and self._connection.poll():
+            self._receive()
+        return self._written is not None
+
+    def wait(self) -> Written:
+        """The outcome, when it is there."""
+        if self._written is None:
+            self._receive()
+        return self._written
+
+    def abandon(self) -> None:
+        """Stops the writing."""
+        if self._process is not None and self._process.is_alive():
+            self._process.kill()
+
+    def _receive(self) -> None:
+        try:
+            self._written = self._connection.recv()
+        except EOFError:
+            self._written = Written(RuntimeError("the process that writes the checkpoint was killed"))
+        self._connection.close()
+        self._process.join()
+
+
+def _child(connection: Connection, request: Any, arguments: list[Any]) -> None:
+    """Life of the forked process. Signals that tell the job to end are its parent's to act on."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(BrokenPipeError):  # the parent died
+        connection.send(_write(request, arguments))
+        connection.close()
+    os._exit(0)  # without the clean-up of what the parent still uses
+
+
+def _write(request: Any, arguments: list[Any]) -> Written:
+    """Runs Megatron-Core's writing function and sums up the files it made."""
+    answers: "queue.Queue[Any]" = queue.Queue()
+    buckets, arguments[2] = arguments[1], answers
+    try:
+        request.async_fn(*arguments, **(request.async_fn_kwargs or {}))
+        results = answers.get_nowait()
+        if isinstance(results, Exception):
+            return Written(results)
+        return Written(results, {Path(path).name: measure_file(Path(path)) for path, *_ in buckets})
+    except Exception as error:
+        return Written(error)
