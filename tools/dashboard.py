@@ -70,6 +70,7 @@ def _up(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         dashboard = Dashboard(RunFolders(root), PrometheusClient(url) if url else None)
+        dashboard.overview()  # reads what there is: the first page need not wait for it
         server = DashboardServer(dashboard, options.host, options.port)
         server.serve_in_background()
         print(f"dashboard: {server.url}\nPrometheus: {url or 'none, the page reads the files of the runs'}", flush=True)

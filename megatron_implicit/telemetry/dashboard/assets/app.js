@@ -7,7 +7,19 @@ const trail = document.getElementById("trail");
 const notice = document.getElementById("notice");
 let view = null, chosen = new Set(), catalogue = null;
 
+/* In a report the answers are in the file: window.EMBEDDED, by the name of the question. */
+const embedded = window.EMBEDDED || null;
+
+function embeddedAnswer(path) {
+  const address = new URL(path, "http://report/"), answer = embedded[address.pathname.replace("/api/", "")];
+  const first = Number(address.searchParams.get("first") || 0), last = Number(address.searchParams.get("last") || Infinity);
+  if (!answer.curves) return answer;
+  const rows = answer.curves.step.map((step, index) => (step >= first && step <= last ? index : -1)).filter((index) => index >= 0);
+  return { ...answer, curves: Object.fromEntries(Object.entries(answer.curves).map(([key, column]) => [key, rows.map((index) => column[index])])) };
+}
+
 async function ask(path) {
+  if (embedded) return embeddedAnswer(path);
   const answer = await fetch(path);
   if (!answer.ok) throw new Error((await answer.json()).error || answer.statusText);
   return answer.json();
@@ -117,7 +129,7 @@ class Overview {
       element("td", {}, progress(run), ` ${count(run.step)}${run.steps ? ` / ${count(run.steps)}` : ""}`),
       n(span(run.eta_s)), n(short(run.loss, 4)), n(short(run.validation_loss, 4)), n(short(run.tokens_per_s)), n(short(run.model_flops_per_s)), n(percent(run.mfu)), n(short(run.evaluations_mean)),
       n(short(run.evaluations_p99)), n(short(run.residual_mean)), n(percent(run.unconverged_fraction)), n(short(run.device_hours)),
-      n(String(run.attempt ?? DASH)), n(known(ago) ? `${span(Math.max(0, ago))} ago` : DASH));
+      n(String(run.attempt ?? DASH)), n(known(ago) ? (ago < 3 ? "now" : `${span(ago)} ago`) : DASH));
   }
 
   nodeTable(nodes) {
@@ -147,7 +159,7 @@ class RunView {
     this.heat = new HeatMap(catalogue.parts, catalogue.metrics);
     this.events = element("div", { class: "scroll" });
     this.configuration = element("pre");
-    const details = element("details", { ontoggle: async () => { if (details.open) this.configuration.textContent = yaml((await ask(`api/config?id=${encodeURIComponent(this.id)}`)).config); } }, element("summary", {}, "configuration"), this.configuration);
+    const details = element("details", { open: embedded ? "" : null, ontoggle: async () => { if (details.open) this.configuration.textContent = yaml((await ask(`api/config?id=${encodeURIComponent(this.id)}`)).config); } }, element("summary", {}, "configuration"), this.configuration);
     main.replaceChildren(this.alerts, this.tiles, this.heat.root, this.grid, element("section", { id: "events" }, element("h2", {}, "Events"), this.events), element("section", {}, details));
     await this.update();
   }
@@ -162,7 +174,7 @@ class RunView {
 
   show(ranks) {
     const { run } = this;
-    renew(trail, [run.name, run.state], () => [element("a", { href: "#/" }, "all runs"), " › ", element("b", {}, run.name), " ", stateMark(run.state)]);
+    renew(trail, [run.name, run.state], () => [embedded ? "" : element("a", { href: "#/" }, "all runs"), embedded ? "" : " › ", element("b", {}, run.name), " ", stateMark(run.state)]);
     renew(this.alerts, run.alerts, () => alertsCard(run.alerts));
     renew(this.tiles, [run.step, run.state, run.eta_s], () => this.numbers());
     this.heat.set(ranks);
@@ -257,7 +269,7 @@ class CompareView {
       const steps = [...new Set(this.runs.flatMap((run) => run.curves.step))].sort((a, b) => a - b);
       const columns = this.runs.map((run) => {
         const values = run.curves[key] || [];
-        const drawn = noisy ? runningMean(values, Math.max(1, Math.floor(values.length / 40))) : values;
+        const drawn = noisy ? runningMean(values, Math.max(1, Math.floor(values.length / 40)), phaseStarts(run.curves.step, run.phases)) : values;
         const at = new Map(run.curves.step.map((step, index) => [step, drawn[index] ?? null]));
         return steps.map((step) => at.get(step));  // undefined: no gap where only another run has the step
       });
@@ -282,6 +294,7 @@ class CompareView {
 /* ------------------------------------------------------------------ what runs it */
 
 function route() {
+  if (embedded) return new RunView(embedded.run.id);
   const [, kind, ...rest] = location.hash.split("/");
   const names = rest.map(decodeURIComponent);
   if (kind === "run" && names.length) return new RunView(names[0]);
@@ -295,7 +308,7 @@ async function run(action, measure) {
   try {
     await action();
     notice.className = "";
-    notice.textContent = `updated ${new Date().toLocaleTimeString("sv")}`;
+    notice.textContent = embedded ? `report of ${clock(embedded.run.reported)}` : `updated ${new Date().toLocaleTimeString("sv")}`;
     document.body.dataset.state = "ready";
     document.body.dataset[measure] = String(Math.round(performance.now() - (measure === "loadedMs" ? 0 : began)));
   } catch (error) {
@@ -338,7 +351,7 @@ document.getElementById("theme").addEventListener("click", () => {
 dark.addEventListener("change", applyTheme);
 addEventListener("hashchange", open);
 addEventListener("resize", () => view && view.resize());
-document.addEventListener("visibilitychange", tick);
+if (!embedded) document.addEventListener("visibilitychange", tick);
 applyTheme();
 open();
-setInterval(tick, EVERY_MS);
+if (!embedded) setInterval(tick, EVERY_MS);

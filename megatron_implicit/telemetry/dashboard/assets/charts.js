@@ -1,14 +1,15 @@
 "use strict";
 /* Curves over steps with uPlot: phases shaded, restarts and events marked, cursors together, live numbers in the legend. */
 
-const CHART_HEIGHT = 210;
+const CHART_HEIGHT = 200;
 const cursors = uPlot.sync("steps");
 
-function runningMean(values, window) {
+/* Mean of the values before each; it starts anew where a phase begins: other solves, other numbers. */
+function runningMean(values, window, starts = new Set()) {
   const result = new Array(values.length).fill(null);
-  let sum = 0, members = 0;
-  const queue = [];
+  let sum = 0, members = 0, queue = [];
   values.forEach((value, index) => {
+    if (starts.has(index)) [sum, members, queue] = [0, 0, []];
     queue.push(value);
     if (known(value)) { sum += value; members += 1; }
     if (queue.length > window) {
@@ -18,6 +19,19 @@ function runningMean(values, window) {
     result[index] = members && known(value) ? sum / members : null;
   });
   return result;
+}
+
+/* Rows at which a phase begins. */
+function phaseStarts(steps, phases) {
+  return new Set(phases.slice(1).map((phase) => steps.findIndex((step) => step >= phase.first)));
+}
+
+/* 1, 2 and 5 of every power of ten in a range. */
+function decades(low, high) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1)
+    for (const digit of [1, 2, 5]) ticks.push(Number(`${digit}e${power}`));
+  return ticks.filter((tick) => tick >= low && tick <= high);
 }
 
 /* What stands behind the curves: phases, the places where another job took over. */
@@ -40,6 +54,8 @@ function backdrop(context) {
         ctx.save();
         ctx.beginPath(); ctx.rect(bbox.left, bbox.top - 16 * ratio, bbox.width, bbox.height + 16 * ratio); ctx.clip();
         ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+        ctx.textAlign = "left";
+        ctx.textBaseline = "alphabetic";
         const { phases, attempts } = context();
         const line = (at, style, dash) => {
           ctx.strokeStyle = style; ctx.lineWidth = ratio; ctx.setLineDash(dash);
@@ -98,16 +114,16 @@ class Chart {
   build() {
     const { definition } = this, axis = { stroke: color("--dim"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line"), width: 1 }, font: "11px system-ui, sans-serif" };
     const options = {
-      width: Math.max(280, this.place.clientWidth || 540), height: CHART_HEIGHT, padding: [14, 8, 0, 0],
+      width: Math.max(280, this.place.clientWidth || 540), height: CHART_HEIGHT, padding: [16, 14, 0, 0],
       cursor: { sync: { key: cursors.key }, drag: { x: true, y: false }, points: { size: 6 } },
       legend: { show: false },
       scales: {
         x: { time: false },
-        y: definition.logarithmic ? { distr: 3 } : { range: (u, low, high) => this.range(low, high) },
+        y: definition.logarithmic ? { distr: 3, range: (u, low, high) => (low > 0 ? [low / 1.25, high * 1.25] : [0.1, 1]) } : { range: (u, low, high) => this.range(low, high) },
       },
       axes: [
-        { ...axis, values: (u, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? short(tick) : "")) },
-        { ...axis, size: 62, values: (u, ticks) => ticks.map((tick) => (known(tick) ? inUnit(tick, definition.unit) : "")) },
+        { ...axis, size: 26, gap: 4, values: (u, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? short(tick) : "")) },
+        { ...axis, size: 62, ...(definition.logarithmic ? { splits: (u, index, low, high) => decades(low, high), filter: (u, ticks) => ticks } : {}), values: (u, ticks) => ticks.map((tick) => (known(tick) ? inUnit(tick, definition.unit) : "")) },
       ],
       series: [{}, ...definition.lines.map((line) => ({
         stroke: this.paint(line.color, line.alpha ?? 1), width: line.width ?? 1.6, dash: line.dash, spanGaps: line.sparse ?? false,
@@ -169,8 +185,9 @@ function panelChart(panel, metrics, context, zoom) {
   const chart = new Chart({ ...panel, tip, lines }, context, zoom);
   chart.show = (curves) => {
     const window = Math.max(1, Math.floor(curves.step.length / 40));
+    const starts = phaseStarts(curves.step, context().phases);
     const empty = new Array(curves.step.length).fill(null);
-    chart.set([curves.step, ...lines.map((line) => (line.smooth ? runningMean(curves[line.key] || empty, window) : curves[line.key] || empty))]);
+    chart.set([curves.step, ...lines.map((line) => (line.smooth ? runningMean(curves[line.key] || empty, window, starts) : curves[line.key] || empty))]);
   };
   return chart;
 }

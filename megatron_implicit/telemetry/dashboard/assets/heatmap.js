@@ -42,7 +42,7 @@ class HeatMap {
 
   draw() {
     const { ranks, slowness, times } = this.answer, rows = ranks.length, columns = Math.max(times.length, 1);
-    const height = Math.max(2, Math.min(16, Math.floor(460 / rows)));
+    const height = Math.max(2, Math.min(12, Math.floor(384 / rows)));
     const wanted = [Math.min(columns, 600), rows * height];
     if (this.canvas.width !== wanted[0] || this.canvas.height !== wanted[1]) [this.canvas.width, this.canvas.height] = wanted;
     this.canvas.style.height = `${rows * height}px`;
@@ -66,7 +66,9 @@ class HeatMap {
 
   label() {
     const { ranks, slowness } = this.answer, height = this.rowHeight;
-    this.names.replaceChildren();
+    // A hidden copy of the longest name gives the column its width.
+    const longest = ranks.map((rank) => String(rank.node)).reduce((a, b) => (a.length >= b.length ? a : b));
+    this.names.replaceChildren(element("div", { class: "width" }, longest));
     let first = 0;
     ranks.forEach((rank, index) => {
       const ends = index === ranks.length - 1 || ranks[index + 1].node !== rank.node;
@@ -78,11 +80,12 @@ class HeatMap {
       first = index + 1;
     });
     const slow = slowness.map((row, index) => [this.recent(row), index]).filter(([value]) => value > 1.2).sort((a, b) => b[0] - a[0]).slice(0, 4);
-    this.worst.replaceChildren(...slow.map(([value, index]) => {
-      const mark = element("span", {}, `◀ rank ${ranks[index].rank} on ${ranks[index].node}: ${value.toFixed(2)} ×`);
+    const words = slow.map(([value, index]) => `◀ rank ${ranks[index].rank} on ${ranks[index].node}: ${value.toFixed(2)} ×`);
+    this.worst.replaceChildren(...slow.map(([, index], number) => {
+      const mark = element("span", {}, words[number]);
       mark.style.top = `${(index + 0.5) * height}px`;
       return mark;
-    }));
+    }), element("div", { class: "width" }, words[0] || ""));
     const source = this.answer.source === "files" ? "from the run's files" : "live from Prometheus";
     this.note.textContent = `${ranks.length} ranks, ${source}` + (slow.length ? "" : "; none stands out");
   }
