@@ -51,6 +51,16 @@ class NonFiniteIterateError(MegatronImplicitError):
         return NonFiniteIterateError(evaluation=self.evaluation, samples=self.samples, step=step, microbatch=microbatch)
 
 
+class CapacityError(MegatronImplicitError):
+    """More tokens than the cache of keys and values was made for."""
+
+    def __init__(self, *, needed: int, capacity: int, what: str = "") -> None:
+        self.needed, self.capacity = needed, capacity
+        super().__init__(
+            f"{what}{needed} tokens do not fit the cache of {capacity}: shorten the prompt or make the cache larger"
+        )
+
+
 class LeaseLostError(MegatronImplicitError):
     """Another job works on the run's folder now: this one may not write there any more."""
 

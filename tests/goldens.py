@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import numpy as np
 import torch
@@ -44,10 +44,14 @@ def state_dict(family: str) -> dict[str, torch.Tensor]:
     return {key[3:]: torch.from_numpy(value) for key, value in arrays(family).items() if key.startswith("sd/")}
 
 
-def golden_config(family: str, *, tensor: int = 1, sequence: bool = False) -> Config:
+def golden_config(
+    family: str, *, tensor: int = 1, sequence: bool = False, layers_per_stage: Sequence[int] = ()
+) -> Config:
     """Our configuration of a golden model on a layout."""
     config = config_from_reference(json.loads(str(arrays(family)["config_json"])), family)
     config.parallel.tensor, config.parallel.sequence = tensor, sequence
+    if layers_per_stage:
+        config.parallel.pipeline, config.parallel.layers_per_stage = len(layers_per_stage), list(layers_per_stage)
     return config
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any, Iterator, Optional
 
 import torch
 import torch.distributed as dist
 
 from megatron_implicit.comm.groups import start_model_parallel
 from megatron_implicit.config import Config, config_from_dict, config_to_dict
-from megatron_implicit.conversion.reference import gather_reference, load_reference_weights
+from megatron_implicit.conversion.reference import gather_reference, load_reference_weights, over_stages
 from megatron_implicit.models import build_model
 from megatron_implicit.solver import SolveSettings
 from megatron_implicit.training.curriculum import Curriculum
@@ -28,6 +28,9 @@ class Layout:
     """How the processes of a test share the model and the batch."""
 
     tensor: int = 1
+    pipeline: int = 1
+    layers_per_stage: Optional[list[int]] = None
+    microbatches_in_flight: Optional[int] = None
     sequence: bool = False
     distributed_optimizer: bool = False
     recompute: str = "none"
@@ -60,8 +63,9 @@ class Trace:
 
 
 def golden_training_config(family: str) -> Config:
-    """The run that made the golden training traces."""
-    meta = json.loads(str(goldens.arrays(f"{family}_training")["meta_json"]))
+    """The run that made the golden training traces; for an explicit family, its own model in the implicit one's run."""
+    implicit = family.replace("explicit", "implicit")
+    meta = json.loads(str(goldens.arrays(f"{implicit}_training")["meta_json"]))
     values = config_to_dict(goldens.golden_config(family))
     steps = meta["steps"]
     values["curriculum"] = [
@@ -84,15 +88,16 @@ def golden_training_config(family: str) -> Config:
 
 def prepare(config: Config, weights: dict[str, torch.Tensor] | None) -> TrainingParts:
     """Model, optimizer and schedule on the configuration's layout; ``weights`` under reference keys, or initialised."""
-    return prepare_training(config, _build(config, weights))
+    return prepare_training(config, build(config, weights))
 
 
 def build_golden(config: Config, family: str) -> torch.nn.Module:
     """A golden model on the configuration's layout."""
-    return _build(config, goldens.state_dict(family))
+    return build(config, goldens.state_dict(family))
 
 
-def _build(config: Config, weights: dict[str, torch.Tensor] | None) -> torch.nn.Module:
+def build(config: Config, weights: dict[str, torch.Tensor] | None = None) -> torch.nn.Module:
+    """A model on the configuration's layout; ``weights`` under reference keys, or initialised."""
     start_model_parallel(config.parallel, config.train.seed)
     model = build_model(config, initialise=weights is None)
     if weights is not None:
@@ -112,7 +117,7 @@ def train(config: Config, parts: TrainingParts, tokens: torch.Tensor, first_step
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
         trace.learning_rates.append(result.learning_rate)
-        counts = [(t.iterations.tolist(), int(t.evaluations.max())) for t in result.traces]
+        counts = over_stages([(t.iterations.tolist(), int(t.evaluations.max())) for t in result.traces])[-1]
         merged = _interleave(counts)
         trace.iterations.append([count for samples, _ in merged for count in samples])
         trace.evaluations.append([evaluations for _, evaluations in merged])

@@ -1,4 +1,5 @@
-"""What a checkpoint holds, and loading it through Megatron-Core's dist_checkpointing on any tensor x data layout."""
+"""What a checkpoint holds, and loading it through Megatron-Core's dist_checkpointing on any tensor x pipeline x data
+layout."""
 
 from __future__ import annotations
 

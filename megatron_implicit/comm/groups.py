@@ -61,6 +61,8 @@ def start_model_parallel(parallel: ParallelConfig, seed: int = 1234) -> None:
             context_parallel_size=parallel.context,
             distributed_timeout_minutes=max(1, round(parallel.timeout_minutes)),
         )
+    # Megatron-Core's tracker differs between tensor ranks, but is the same on all stages.
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     torch.manual_seed(seed)
 

@@ -33,6 +33,18 @@ def shared_by(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     return copy_to_tensor_model_parallel_region(value, group=group)
 
 
+def from_last_stage(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """What the last pipeline stage holds, in place on all of them; every rank must call it.
+
+    Args:
+        value: of the same shape and dtype everywhere.
+        group: the pipeline group.
+    """
+    if group.size() > 1:
+        dist.broadcast(value, src=dist.get_global_rank(group, group.size() - 1), group=group)
+    return value
+
+
 class ResidualReducer:
     """Makes the sums of squares behind a residual the same numbers on all ranks of a model replica.
 

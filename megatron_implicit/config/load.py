@@ -62,16 +62,27 @@ def _parse(arguments: Sequence[str], prog: str | None, base: str | Path | None) 
         ordered = ["--config", str(base), *ordered]
     parsed = parser.instantiate(parser.parse_args(ordered))
     if base is not None:
-        _derive_again(parsed.train, yaml.safe_load(Path(base).read_text(encoding="utf-8"))["train"])
+        saved = yaml.safe_load(Path(base).read_text(encoding="utf-8"))
+        _derive_length_again(parsed.train, saved["train"])
+        _derive_stages_again(parsed.parallel, saved["parallel"])
     return parsed
 
 
-def _derive_again(train: Any, saved: dict[str, Any]) -> None:
+def _derive_length_again(train: Any, saved: dict[str, Any]) -> None:
     """A resolved file has both steps and tokens: where the arguments change one, the other is derived from it."""
     if train.steps != saved["steps"] and train.tokens == saved["tokens"]:
         train.tokens = None
     elif train.tokens != saved["tokens"] and train.steps == saved["steps"]:
         train.steps = None
+
+
+def _derive_stages_again(parallel: Any, saved: dict[str, Any]) -> None:
+    """On another number of stages, what was derived from it is derived again, unless the arguments say otherwise."""
+    if parallel.pipeline == saved["pipeline"]:
+        return
+    for name in ("layers_per_stage", "microbatches_in_flight"):
+        if getattr(parallel, name) == saved.get(name):
+            setattr(parallel, name, None)
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

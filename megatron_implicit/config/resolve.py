@@ -32,6 +32,8 @@ def resolve(config: Config) -> Config:
         # Megatron-Core's plain mixed-precision optimizer cannot save parameters that are fp32 themselves, as our gains,
         # norms and biases are; the distributed one can, on one replica too.
         config.parallel.distributed_optimizer = True
+    if config.parallel.layers_per_stage is None:
+        config.parallel.layers_per_stage = even_stages(config.model.num_layers, config.parallel.pipeline)
     if config.parallel.microbatches_in_flight is None:
         config.parallel.microbatches_in_flight = 2 * config.parallel.pipeline
     if config.health.hang_minutes is None:
@@ -39,6 +41,12 @@ def resolve(config: Config) -> Config:
     if config.run.name is None:
         config.run.name = Path(config.run.dir).name
     return config
+
+
+def even_stages(layers: int, stages: int) -> list[int]:
+    """Layers of each stage; the first stages have one more where they do not divide: the last also has the head."""
+    share, left_over = divmod(layers, max(stages, 1))
+    return [share + (stage < left_over) for stage in range(stages)]
 
 
 def _resolve_model(config: Config) -> None:

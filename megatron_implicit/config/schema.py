@@ -88,6 +88,10 @@ class InferenceConfig:
     """Damping of the inference solve; None means solver.phantom_damping, as in the reference."""
     stop: Literal["batch", "sample"] = "sample"
     """sample: no sample's output depends on its companions."""
+    patience: int = 8
+    """Window mode: evaluations a token at the front may go without progress before it is accepted as it is."""
+    warm_start: bool = False
+    """Start new tokens from the iterate of the token before them instead of z = 0 (not in simultaneous mode)."""
 
 
 @dataclass
@@ -124,6 +128,9 @@ class ParallelConfig:
     """Ranks that share each layer (tensor parallelism)."""
     pipeline: int = 1
     """Pipeline stages the layers are divided over."""
+    layers_per_stage: Optional[list[int]] = None
+    """Layers of each pipeline stage; None divides them evenly, the first stages taking what is left over, since the
+    last one also has the head."""
     context: int = 1
     """Ranks that share a sequence; only 1 is supported."""
     sequence: bool = False

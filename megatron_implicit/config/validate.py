@@ -18,6 +18,7 @@ def validate(config: Config) -> None:
     """
     _validate_parallel(config)
     _validate_model(config)
+    _validate_stages(config)
     validate_solver("solver", config.solver)
     _validate_curriculum(config)
     validate_inference("inference", config.inference)
@@ -155,9 +156,27 @@ def _validate_parallel(config: Config) -> None:
         parallel.context == 1,
         f"parallel.context={parallel.context} is not supported: set it to 1 and use parallel.sequence",
     )
+
+
+def _validate_stages(config: Config) -> None:
+    parallel, layers = config.parallel, config.model.num_layers
+    split = parallel.layers_per_stage
     _require(
-        parallel.pipeline == 1,
-        f"parallel.pipeline={parallel.pipeline} is not supported yet: set it to 1 and use parallel.tensor",
+        parallel.pipeline <= layers,
+        f"parallel.pipeline={parallel.pipeline} exceeds model.num_layers={layers}: every stage needs a layer; lower it",
+    )
+    _require(
+        len(split) == parallel.pipeline,
+        f"parallel.layers_per_stage={split} has {len(split)} entries for parallel.pipeline={parallel.pipeline}: give "
+        "one a stage, or null",
+    )
+    _require(
+        min(split) >= 1, f"parallel.layers_per_stage={split} leaves a stage without layers: give each at least one"
+    )
+    _require(
+        sum(split) == layers,
+        f"parallel.layers_per_stage={split} adds up to {sum(split)}, not to model.num_layers={layers}: correct it, or "
+        "set it to null",
     )
 
 
@@ -206,6 +225,7 @@ def validate_inference(section: str, inference: InferenceConfig) -> None:
     )
     _require(inference.tolerance >= 0, f"{section}.tolerance={inference.tolerance} must not be negative")
     _require(0 < inference.damping <= 1, f"{section}.damping={inference.damping} must lie in (0, 1]")
+    _positive(section, inference, "patience")
 
 
 def _validate_data(config: Config) -> None:

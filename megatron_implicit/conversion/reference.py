@@ -21,9 +21,12 @@ from megatron_implicit.layers.sections import Section, injection_projection, pro
 from megatron_implicit.layers.sharding import Placement, placed_parameters
 from megatron_implicit.models.initialisation import named_modules_globally
 
+from megatron.core import parallel_state  # isort: skip
+
 _LAYER = re.compile(r"^decoder\.map\.stack\.layers\.(\d+)\.(.+)$")
 _DIRECT = {
     "embedding.word_embeddings.weight": "word_emb.emb.weight",
+    "output_layer.weight": "word_emb.emb.weight",
     "decoder.injection_norm.weight": "backbone.injection_norm.weight",
     "decoder.map.final_norm.weight": "backbone.norm_f.weight",
 }
@@ -85,7 +88,7 @@ def reference_slots(model: nn.Module) -> list[Slot]:
     """Where each parameter of a model of ours sits in the reference's state dict."""
     return [
         Slot(name, parameter, *_reference_place(name, model), placement)
-        for name, parameter, placement in placed_parameters(named_modules_globally(model))
+        for name, parameter, placement, _ in placed_parameters(named_modules_globally(model))
     ]
 
 
@@ -128,7 +131,7 @@ def load_reference_weights(model: nn.Module, tensors: Mapping[str, Tensor], sour
         CheckpointError: keys are missing or left over, or a shape does not fit; named in one line.
     """
     slots = reference_slots(model)
-    wanted = {slot.key for slot in slots}
+    wanted = {key for keys in over_stages({slot.key for slot in slots}) for key in keys}
     missing = sorted(wanted - set(tensors))
     extra = sorted(set(tensors) - wanted - set(TIED_KEYS))
     if missing or extra:
@@ -158,10 +161,20 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
 
 
+def over_stages(value: Any) -> list[Any]:
+    """What every pipeline stage has, in their order; every rank must call it."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * group.size()
+    torch.distributed.all_gather_object(gathered, value, group=group)
+    return gathered
+
+
 def gather_reference(
     model: nn.Module, value: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter.detach()
 ) -> dict[str, Tensor]:
-    """Whole tensors under the reference's keys, gathered over the tensor group; every rank must call it.
+    """Whole tensors under the reference's keys, gathered over tensor group and stages; every rank must call it.
 
     Args:
         model: a model of ours.
@@ -171,10 +184,11 @@ def gather_reference(
     for slot in reference_slots(model):
         whole = _gather(value(slot.parameter), slot.placement, model.decoder.tp_group)
         pieces.setdefault(slot.key, []).append((slot.rows.start if slot.rows else 0, whole))
-    return {
+    local = {
         key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]))
         for key, parts in pieces.items()
     }
+    return {key: tensor for stage in reversed(over_stages(local)) for key, tensor in stage.items()}  # first copies win
 
 
 def _gather(local: Tensor, placement: Optional[Placement], group: Any) -> Tensor:

@@ -28,6 +28,8 @@ class Placed:
     """
 
     tp_group: dist.ProcessGroup
+    copy_number: int = 0
+    """Which of the copies this is, where several pipeline stages have one (see ``mark_copies``)."""
 
     def placement(self, name: str) -> Optional[Placement]:
         """The slice of the parameter ``name``; None if every rank of the tensor group holds all of it."""
@@ -37,7 +39,7 @@ class Placed:
         """Shards of the module's own parameters, then of its submodules."""
         shards = {
             f"{prefix}{name}": sharded_parameter(
-                parameter, f"{prefix}{name}", self.placement(name), self.tp_group, metadata
+                parameter, f"{prefix}{name}", self.placement(name), self.tp_group, metadata, self.copy_number
             )
             for name, parameter in self.named_parameters(recurse=False)
         }
@@ -46,12 +48,28 @@ class Placed:
         return shards
 
 
+def mark_copies(module: nn.Module, number: int) -> None:
+    """Says that several pipeline stages have a copy of all parameters below ``module``; this is copy ``number``.
+
+    Megatron-Core then sums their gradients over the stages (``pipeline_parallel``), counts only the first copy in the
+    gradient norm (``shared``), and lets the distributed optimizer divide all copies in the same way, so that it can
+    sum them after it has scattered them (``shared_embedding``). Checkpoints hold the first copy.
+    """
+    for child in module.modules():
+        if isinstance(child, Placed):
+            child.copy_number = number
+    for parameter in module.parameters():
+        parameter.pipeline_parallel = parameter.shared_embedding = True
+        parameter.shared = number > 0
+
+
 class PlacedParameter(NamedTuple):
-    """A parameter with its name in the model and this rank's slice of it."""
+    """A parameter with its name in the model, this rank's slice of it, and which copy of several it is."""
 
     name: str
     parameter: nn.Parameter
     placement: Optional[Placement]
+    copy_number: int
 
 
 def placed_parameters(named_modules: Iterator[tuple[str, nn.Module]]) -> Iterator[PlacedParameter]:
@@ -59,7 +77,7 @@ def placed_parameters(named_modules: Iterator[tuple[str, nn.Module]]) -> Iterato
     for prefix, module in named_modules:
         if isinstance(module, Placed):
             for name, parameter in module.named_parameters(recurse=False):
-                yield PlacedParameter(f"{prefix}.{name}", parameter, module.placement(name))
+                yield PlacedParameter(f"{prefix}.{name}", parameter, module.placement(name), module.copy_number)
 
 
 def sharded_parameter(
@@ -68,6 +86,7 @@ def sharded_parameter(
     where: Optional[Placement],
     group: dist.ProcessGroup,
     metadata: Optional[dict[str, Any]],
+    copy_number: int = 0,
 ) -> Any:
     """A ShardedTensor of logical size.
 
@@ -77,16 +96,17 @@ def sharded_parameter(
         where: the slice; None if every tensor rank holds the whole.
         group: the tensor group.
         metadata: Megatron-Core's; its ``dp_cp_group`` tells the data-parallel replicas apart.
+        copy_number: of copies on several pipeline stages; the first one is saved.
     """
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
     data_rank = metadata["dp_cp_group"].rank() if metadata and metadata.get("dp_cp_group") is not None else 0
     if where is None:
-        return ShardedTensor.from_rank_offsets(key, parameter, replica_id=(0, group.rank(), data_rank))
+        return ShardedTensor.from_rank_offsets(key, parameter, replica_id=(copy_number, group.rank(), data_rank))
     axis, part = where
     if part.even:
         return ShardedTensor.from_rank_offsets(
-            key, parameter, (axis, part.rank, part.ranks), replica_id=(0, 0, data_rank)
+            key, parameter, (axis, part.rank, part.ranks), replica_id=(copy_number, 0, data_rank)
         )
     shape, offset = list(parameter.shape), [0] * parameter.ndim
     shape[axis], offset[axis] = part.logical, part.start
@@ -98,5 +118,5 @@ def sharded_parameter(
         global_shape=tuple(shape),
         global_offset=tuple(offset),
         axis_fragmentations=None,  # an uneven grid
-        replica_id=(0, 0, data_rank),
+        replica_id=(copy_number, 0, data_rank),
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, Optional
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_implicit.config import Config
@@ -13,6 +14,26 @@ from megatron_implicit.device import prepare_megatron
 
 prepare_megatron()
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A pipeline stage and the slice of the stack it holds. Without a pipeline there is one, first and last at once."""
+
+    index: int
+    count: int
+    layers: range
+    """Numbers of its layers in the whole stack, from 0."""
+
+    @property
+    def is_first(self) -> bool:
+        """Has the embedding."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Has the final norm and the tied head."""
+        return self.index == self.count - 1
 
 
 @dataclass
@@ -35,6 +56,19 @@ class StackConfig(TransformerConfig):
     """Mamba2: tokens of one block of the SSD scan."""
     recompute: Literal["none", "layer", "pass"] = "none"
     """What the backward pass recomputes."""
+    layers_per_stage: list[int] = field(default_factory=list)
+    """Layers of each pipeline stage."""
+    has_cond_embedder: bool = True
+    """Read by Megatron-Core: sum the gradients of parameters that every stage has a copy of."""
+
+    def stage(self, group: dist.ProcessGroup) -> Stage:
+        """This rank's stage.
+
+        Args:
+            group: the pipeline group.
+        """
+        before = sum(self.layers_per_stage[: group.rank()])
+        return Stage(group.rank(), group.size(), range(before, before + self.layers_per_stage[group.rank()]))
 
     @property
     def mamba_inner_size(self) -> int:
@@ -58,6 +92,8 @@ def stack_config(config: Config) -> StackConfig:
         hidden_size=model.hidden_size,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=_megatron_layout(parallel.layers_per_stage),
+        layers_per_stage=parallel.layers_per_stage,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=torch.float32,
@@ -94,6 +130,14 @@ def stack_config(config: Config) -> StackConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
     )
+
+
+def _megatron_layout(layers_per_stage: list[int]) -> Optional[list[list[str]]]:
+    """Megatron-Core's description of an arbitrary split; it reads a layer's number from it."""
+    if len(layers_per_stage) == 1:
+        return None
+    stages = [["decoder"] * layers for layers in layers_per_stage]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 _FIXED = dict(

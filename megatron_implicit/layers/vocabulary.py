@@ -27,6 +27,10 @@ def vocabulary_partition(config: StackConfig, group: dist.ProcessGroup) -> Parti
     return partition(config.vocab_size, group.size(), group.rank(), align=True)
 
 
+EMBEDDING = "embedding.word_embeddings"
+"""Name of the embedding module in a model."""
+
+
 class VocabularyEmbedding(Placed, VocabParallelEmbedding):
     """Megatron-Core's vocabulary-parallel embedding with a logical number of rows."""
 
@@ -41,27 +45,44 @@ class VocabularyEmbedding(Placed, VocabParallelEmbedding):
         self.weight = Parameter(torch.empty(rows.size, config.hidden_size, dtype=config.params_dtype))
         mark_sharded(self.weight, 0)
 
-    @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """N(0, embedding_init_std), drawn for the whole vocabulary on every rank."""
-        whole = torch.empty(self.partition.logical, self.weight.shape[1]).normal_(0, self.init_std, generator=generator)
-        self.weight.copy_(whole[self.partition.start : self.partition.stop])
+        _draw_rows(self.weight, self.partition, self.init_std, generator)
 
     def placement(self, name: str) -> Placement:
         """Rows of the logical vocabulary."""
         return Placement(0, self.partition)
 
 
-class VocabularyHead(ColumnParallelLinear):
-    """logits = z · Emb^T: the tied head, without bias and without a norm of its own."""
+@torch.no_grad()
+def _draw_rows(weight: Parameter, rows: Partition, std: float, generator: torch.Generator) -> None:
+    whole = torch.empty(rows.logical, weight.shape[1]).normal_(0, std, generator=generator)
+    weight.copy_(whole[rows.start : rows.stop])
 
-    def __init__(self, config: StackConfig, tp_group: dist.ProcessGroup) -> None:
+
+class VocabularyHead(Placed, ColumnParallelLinear):
+    """logits = z · Emb^T: the tied head, without bias and without a norm of its own.
+
+    Args:
+        config: of the stack.
+        tp_group: the tensor group.
+        own_copy: hold a copy of the embedding's rows: the embedding itself is on another pipeline stage.
+    """
+
+    drawn_as = EMBEDDING
+    """The copy is initialised with the same numbers."""
+
+    def __init__(self, config: StackConfig, tp_group: dist.ProcessGroup, own_copy: bool) -> None:
         rows = vocabulary_partition(config, tp_group)
         super().__init__(
             config.hidden_size, rows.computed * rows.ranks, config=config, init_method=config.init_method,
             bias=False, skip_weight_param_allocation=True, tp_group=tp_group,
         )  # fmt: skip
-        self.partition, self.dtype = rows, config.params_dtype
+        self.partition, self.dtype, self.init_std = rows, config.params_dtype, config.embedding_init_std
+        if own_copy:
+            self.copy_number = 1
+            self.weight = Parameter(torch.empty(rows.size, config.hidden_size, dtype=config.params_dtype))
+            mark_sharded(self.weight, 0)
 
     def forward(self, hidden: Tensor, weight: Optional[Tensor] = None, runtime_gather_output: Optional[bool] = None):
         """[s or s/t, b, h] and the embedding's local rows -> ([s, b, computed local rows], None)."""
@@ -70,9 +91,14 @@ class VocabularyHead(ColumnParallelLinear):
         logits, _ = super().forward(hidden.to(self.dtype), weight=padded, runtime_gather_output=False)
         return (_HidePaddedLogits.apply(logits, padding) if padding else logits), None
 
-    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict:
-        """Nothing: the weight is the embedding's."""
-        return {}
+    def initialise(self, generator: torch.Generator) -> None:
+        """As the embedding."""
+        if self.weight is not None:
+            _draw_rows(self.weight, self.partition, self.init_std, generator)
+
+    def placement(self, name: str) -> Placement:
+        """Rows of the logical vocabulary."""
+        return Placement(0, self.partition)
 
 
 class _HidePaddedLogits(torch.autograd.Function):

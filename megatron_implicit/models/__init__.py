@@ -2,7 +2,8 @@
 
 ``stack_map`` is F; ``decoder`` takes the place of ``model.decoder`` inside Megatron-Core's models, which stay
 otherwise unmodified; ``builder`` puts a model together from a configuration; ``initialisation`` draws its parameters
-independently of the layout; ``parameters`` counts them by component. May import what ``specs`` may, and ``specs``.
+independently of the layout; ``parameters`` counts them by component; ``language`` is what a model has around its
+decoder. May import what ``specs`` may, and ``specs``.
 """
 
 from megatron_implicit.models.builder import build_model

@@ -1,8 +1,8 @@
 """Draws a model's parameters so that every layout starts from the same numbers.
 
 Each module with an ``initialise(generator)`` draws its *whole* tensors from a generator seeded by the run's seed and
-the module's global name, then keeps its slice. Nothing depends on the order of construction, on the rank, or on which
-stage a layer lives.
+the module's global name (or ``drawn_as``, that of the module it is a copy of), then keeps its slice. Nothing depends on
+the order of construction, on the rank, or on which stage a layer lives.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def initialise_parameters(model: nn.Module, seed: int) -> None:
     drawn: set[int] = set()
     for name, module in named_modules_globally(model):
         if hasattr(module, "initialise"):
-            module.initialise(_generator(seed, name))
+            module.initialise(_generator(seed, getattr(module, "drawn_as", name)))
             drawn.update(id(parameter) for parameter in _own_parameters(module))
     forgotten = [name for name, parameter in model.named_parameters() if id(parameter) not in drawn]
     if forgotten:

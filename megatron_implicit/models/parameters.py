@@ -10,6 +10,7 @@ from megatron_implicit.layers.sharding import placed_parameters
 
 COMPONENTS = {
     "embedding": "embedding and tied head",
+    "output_layer": "embedding and tied head",
     "injection": "injection",
     "in_proj": "input projections",
     "linear_qkv": "query, key, value",
@@ -26,7 +27,7 @@ class ComponentCount:
     """Parameters of a component."""
 
     whole: int = 0
-    """Logical parameters of the model, each counted once."""
+    """Logical parameters of the model (of this pipeline stage), copies of another stage's left out."""
     local: int = 0
     """Parameters this rank holds."""
     local_bytes: int = 0
@@ -36,14 +37,14 @@ class ComponentCount:
 def count_parameters(model: nn.Module) -> dict[str, ComponentCount]:
     """Counts by component, in the table's order."""
     counts: dict[str, ComponentCount] = {}
-    for name, parameter, placement in placed_parameters(model.named_modules()):
+    for name, parameter, placement, copy_number in placed_parameters(model.named_modules()):
         parts = name.split(".")
         component = next((text for part, text in COMPONENTS.items() if part in parts), "norms and per-head parameters")
         count = counts.setdefault(component, ComponentCount())
         whole = parameter.numel()
         if placement is not None:
             whole = whole // parameter.shape[placement.axis] * placement.partition.logical
-        count.whole += whole
+        count.whole += whole if copy_number == 0 else 0
         count.local += parameter.numel()
         count.local_bytes += parameter.numel() * parameter.element_size()
     return counts

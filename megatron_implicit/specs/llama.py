@@ -17,8 +17,13 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # isort: skip
 
 
-def llama_block_spec(config: StackConfig) -> TransformerBlockSubmodules:
-    """Pre-norm layers of rotary attention and a gated MLP; the final norm belongs to F, not to the block."""
+def llama_block_spec(config: StackConfig, layers: int) -> TransformerBlockSubmodules:
+    """Pre-norm layers of rotary attention and a gated MLP; the final norm belongs to F, not to the block.
+
+    Args:
+        config: of the whole stack.
+        layers: of this pipeline stage.
+    """
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -46,5 +51,4 @@ def llama_block_spec(config: StackConfig) -> TransformerBlockSubmodules:
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    layers = config.num_layers // config.pipeline_model_parallel_size
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=None)

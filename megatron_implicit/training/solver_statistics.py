@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.solver import SolveTrace
 from megatron_implicit.solver.trace import QUANTILES
 
@@ -32,40 +33,52 @@ Statistics = dict[str, float | None]
 
 
 def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.device) -> Statistics:
-    """Statistics of a step; every rank must call it.
+    """Statistics of a step, the same on all pipeline stages; every rank must call it.
 
     Read where the step waits for the device anyway: they cost one small collective and no wait of their own.
 
     Args:
-        traces: of this replica's microbatches.
+        traces: of this replica's microbatches, on the last stage, which tells the others.
         tolerance: of the solves; without one nothing can be unconverged. An unrolled phase has no residuals.
-        device: of the collective.
+        device: of the collectives.
 
     Returns:
         by FIELDS and OWN_FIELDS: over all samples of all replicas; ``evaluations_skew``, by how much the replicas' mean
-        evaluations
-        differ; ``token_residual``'s quantiles over the tokens this rank holds.
+        evaluations differ; ``token_residual``'s quantiles over the tokens that the last stage's rank holds.
     """
+    stages, names = parallel_state.get_pipeline_model_parallel_group(), (*FIELDS, *OWN_FIELDS)
+    values = torch.empty(len(names), dtype=torch.float64)
+    if stages.rank() == stages.size() - 1:
+        measured = _measured(traces, device)
+        values = torch.tensor([measured[name] for name in names], dtype=torch.float64)
+    if stages.size() > 1:
+        values = from_last_stage(values.to(device), stages)
+    statistics: Statistics = dict(zip(names, values.tolist()))
+    if not tolerance > 0:
+        statistics["unconverged_fraction"] = statistics["own_unconverged_fraction"] = None
+    return {name: _number(value) for name, value in statistics.items()}
+
+
+def _measured(traces: list[SolveTrace], device: torch.device) -> dict[str, float]:
     values = torch.stack([_all(traces, name).to(torch.float64) for name in _OF_SAMPLES]).to(device)
     replicas = [torch.empty_like(values) for _ in range(parallel_state.get_data_parallel_world_size())]
     dist.all_gather(replicas, values, group=parallel_state.get_data_parallel_group())
     by_replica = torch.stack(replicas).tolist()  # [replicas, 4, samples of one]
     iterations, evaluations, residuals, converged = (sum(rows, []) for rows in zip(*by_replica))
-    evaluations_of_replicas = [_mean(rows[1]) for rows in by_replica]
-    statistics = {
+    means = [_mean(rows[1]) for rows in by_replica]
+    own = by_replica[parallel_state.get_data_parallel_rank()]
+    own_values = _distribution("evaluations", own[1]) | _distribution("residual", own[2])
+    return {
         "iterations_mean": _mean(iterations),
         "iterations_max": max(iterations),
-        **_distribution("evaluations", evaluations, (0.5, 0.99)),
-        "evaluations_skew": max(evaluations_of_replicas) - min(evaluations_of_replicas),
-        **_distribution("residual", residuals, (0.5, 0.9, 0.99)),
+        **_distribution("evaluations", evaluations),
+        "evaluations_skew": max(means) - min(means),
+        **_distribution("residual", residuals),
         **{f"token_residual_p{round(100 * q)}": value for q, value in zip(QUANTILES, _token_quantiles(traces))},
-        "unconverged_fraction": 1 - _mean(converged) if tolerance > 0 else None,
+        "unconverged_fraction": 1 - _mean(converged),
+        **{f"own_{name}": value for name, value in own_values.items()},
+        "own_unconverged_fraction": 1 - _mean(own[3]),
     }
-    own = by_replica[parallel_state.get_data_parallel_rank()]
-    statistics |= {f"own_{name}": value for name, value in _distribution("evaluations", own[1], (0.5, 0.99)).items()}
-    statistics |= {f"own_{name}": value for name, value in _distribution("residual", own[2], (0.5, 0.9, 0.99)).items()}
-    statistics["own_unconverged_fraction"] = 1 - _mean(own[3]) if tolerance > 0 else None
-    return {name: _number(statistics[name]) for name in (*FIELDS, *OWN_FIELDS)}
 
 
 _OF_SAMPLES = ("iterations", "evaluations", "accepted_residuals", "converged")
@@ -79,12 +92,12 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _distribution(name: str, values: list[float], quantiles: tuple[float, ...]) -> dict[str, float]:
+def _distribution(name: str, values: list[float]) -> dict[str, float]:
     """Mean, quantiles (of the nearest rank) and maximum."""
     ordered = sorted(values)
     if any(math.isnan(value) for value in values):
         ordered = [math.nan] * len(values)
-    found = {f"{name}_p{round(100 * q)}": ordered[math.ceil(q * len(ordered)) - 1] for q in quantiles}
+    found = {f"{name}_p{round(100 * q)}": ordered[math.ceil(q * len(ordered)) - 1] for q in (0.5, 0.9, 0.99)}
     return {f"{name}_mean": _mean(values), **found, f"{name}_max": ordered[-1]}
 
 

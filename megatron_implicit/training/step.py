@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_implicit.checkpoint.random_state import random_state, restore_random_state
 from megatron_implicit.comm.agreement import largest
+from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch
 from megatron_implicit.errors import DivergedError, MegatronImplicitError, NonFiniteIterateError
@@ -34,7 +35,7 @@ class Measured:
     loss: float
     """Mean cross-entropy over the global batch, in nats a token."""
     traces: list[SolveTrace]
-    """Solver statistics of this replica's microbatches, in order."""
+    """Solver statistics of this replica's microbatches, in order, as its last pipeline stage knows them."""
     broken: Optional[MegatronImplicitError]
     """A solve of some replica whose iterate is not finite, as this rank knows it."""
     statistics: dict[str, Optional[float]] = field(default_factory=dict)
@@ -54,7 +55,7 @@ class StepResult:
     learning_rate: float
     """Rate the step was taken with."""
     traces: list[SolveTrace] = field(default_factory=list)
-    """Solver statistics of this replica's microbatches, in order."""
+    """Solver statistics of this replica's microbatches, in order, as its last pipeline stage knows them."""
     statistics: dict[str, Optional[float]] = field(default_factory=dict)
     """Of the solver, by ``FIELDS`` of ``solver_statistics``."""
     skipped: bool = False
@@ -141,15 +142,18 @@ class StepRunner:
             micro_batch_size=self._config.train.micro_batch_size,
             forward_only=False,
         )
-        return self._agreed(step, [report["loss"] for report in reports], traces)
+        return self._agreed(step, [report["loss"] for report in reports], traces, device)
 
-    def _agreed(self, step: int, losses: list[Tensor], traces: list[SolveTrace]) -> Measured:
-        """The mean loss over all replicas, and whether an iterate of any is not finite."""
-        broken = [trace.broken_at.max() if trace.broken_at is not None else losses[0].new_zeros(()) for trace in traces]
-        worst = torch.stack(broken)
-        sums = torch.stack((torch.stack(losses).mean(), (worst > 0).any().to(losses[0].dtype)))
-        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        total, replicas_broken = sums.tolist()
+    def _agreed(self, step: int, losses: list[Tensor], traces: list[SolveTrace], device: torch.device) -> Measured:
+        """The mean loss over all replicas, and whether an iterate of any is not finite, as the last pipeline stage
+        knows them."""
+        sums = torch.zeros(2, device=device)
+        if losses:
+            broken = [trace.broken_at.max() for trace in traces if trace.broken_at is not None]
+            any_broken = (torch.stack(broken) > 0).any() if broken else sums[1]
+            sums = torch.stack((torch.stack(losses).mean(), any_broken.to(losses[0].dtype)))
+            dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+        total, replicas_broken = from_last_stage(sums, parallel_state.get_pipeline_model_parallel_group()).tolist()
         loss = total / parallel_state.get_data_parallel_world_size()
         return Measured(loss, traces, _broken_solve(step, traces) if replicas_broken else None)
 
@@ -185,7 +189,7 @@ def _broken_solve(step: int, traces: list[SolveTrace]) -> MegatronImplicitError:
     for microbatch, trace in enumerate(traces):
         if trace.broken_at is not None and bool(trace.broken_at.any()):
             return NonFiniteIterateError.of(trace.broken_at).at(step, microbatch)
-    return DivergedError(f"step {step}: the iterate of another replica is not finite: see its message")
+    return DivergedError(f"step {step}: the iterate of another rank is not finite: see its message")
 
 
 def _token_losses(model: Any, batch: Batch, step: int, microbatch: int) -> Tensor:

@@ -207,6 +207,9 @@ class Trainer:
         layout = f"{dist.get_world_size()} processes, tensor {config.parallel.tensor}" + (
             " with sequence parallelism" if config.parallel.sequence else ""
         )
+        if config.parallel.pipeline > 1:
+            stages = "+".join(map(str, config.parallel.layers_per_stage))
+            layout += f", pipeline {config.parallel.pipeline} ({stages} layers)"
         return "\n".join(
             (
                 f"{config.run.name}: {config.model.family}, {parameters:,} parameters on this rank, {layout}",

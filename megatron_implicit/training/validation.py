@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Any, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.data.sampling import Batch
+from megatron_implicit.solver import SolveTrace
 
 from megatron.core import parallel_state  # isort: skip
+from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 
 @dataclass(frozen=True)
@@ -35,33 +38,44 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def measure_loss(model: nn.Module, batches: Iterator[Batch], device: torch.device) -> HeldOutLoss:
+def measure_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> HeldOutLoss:
     """Evaluates this replica's batches and averages over replicas; every rank must call it.
 
     Args:
         model: as ``build_model`` returns it; left in the mode it was in.
-        batches: this replica's share, finite.
+        batches: this replica's share, finite and equally large.
         device: where the model is.
     """
-    was_training = model.training
+    was_training, batches = model.training, list(batches)
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64)
-    for batch in batches:
-        batch = {name: value.to(device) for name, value in batch.items()}
+
+    def forward_step(iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
+        batch = {name: value.to(device) for name, value in next(iterator).items()}
         losses = model(batch["tokens"], None, None, labels=batch["labels"])
-        mask, trace = batch["loss_mask"], model.decoder.trace
-        sums += torch.tensor(
-            [
-                float((losses.double() * mask).sum()),
-                float(mask.sum()),
-                float(trace.evaluations.sum()),
-                float((~trace.converged).sum()),
-                len(trace.evaluations),
-            ],
-            dtype=torch.float64,
-        )
+        return losses, lambda output: (output.mean(), _sums(output, batch["loss_mask"], model.decoder.trace))
+
+    size, length = batches[0]["tokens"].shape
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=size,
+        forward_only=True,
+    )
     model.train(was_training)
-    sums = sums.to(device)
-    dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    if reports:  # on the last pipeline stage
+        sums = torch.stack(reports).sum(dim=0)
+        dist.all_reduce(sums, group=parallel_state.get_data_parallel_group())
+    from_last_stage(sums, parallel_state.get_pipeline_model_parallel_group())
     loss, tokens, evaluations, unconverged, sequences = sums.tolist()
     return HeldOutLoss(loss / tokens, int(tokens), evaluations / sequences, unconverged / sequences)
+
+
+def _sums(losses: Tensor, mask: Tensor, trace: SolveTrace) -> Tensor:
+    """Of a microbatch, [5] float64: losses, tokens, evaluations, unconverged sequences, sequences."""
+    counts = (trace.evaluations.sum(), (~trace.converged).sum(), torch.tensor(len(trace.evaluations)))
+    sums = ((losses.double() * mask).sum(), mask.sum(), *counts)
+    return torch.stack([value.to(losses.device, torch.float64) for value in sums])

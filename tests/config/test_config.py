@@ -64,6 +64,10 @@ REFUSED = [
     (["--model.family", "gpt"], "model.family=gpt is not valid: expected one of implicit_mamba2"),
     (["--parallel.sequence", "true"], "parallel.sequence=true needs parallel.tensor > 1"),
     (["--parallel.context", "2"], "parallel.context=2 is not supported"),
+    (["--parallel.pipeline", "3"], "parallel.pipeline=3 exceeds model.num_layers=2: every stage needs a layer"),
+    (["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[2]"], "has 1 entries for parallel.pipeline=2"),
+    (["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[2,0]"], "leaves a stage without layers"),
+    (["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[2,1]"], "adds up to 3, not to model.num_layers=2"),
     (["--parallel.tensor", "3"], "=8 is not divisible by parallel.tensor=3"),
     (["--model.num_groups", "3"], "is not divisible by model.num_groups=3"),
     (["--model.head_dim", "48"], "model.head_dim=48 does not divide the inner width"),
@@ -122,3 +126,19 @@ def test_the_world_must_hold_whole_replicas_and_whole_batches() -> None:
 def test_faults_are_parsed() -> None:
     assert parse_fault("crash@12:1") == ("crash", 12, 1)
     assert parse_fault("nonfinite_iterate@3") == ("nonfinite_iterate", 3, 0)
+
+
+def test_layers_are_divided_over_stages_with_fewer_on_the_last() -> None:
+    config = load_config([*TINY, "--model.num_layers", "7", "--parallel.pipeline", "4"])
+    assert config.parallel.layers_per_stage == [2, 2, 2, 1]
+    assert config.parallel.microbatches_in_flight == 8
+    own = ["--model.num_layers", "7", "--parallel.pipeline", "4", "--parallel.layers_per_stage", "[3,2,1,1]"]
+    assert load_config([*TINY, *own]).parallel.layers_per_stage == [3, 2, 1, 1]
+
+
+def test_another_number_of_stages_divides_again_what_was_derived(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    save_config(load_config([*TINY, "--model.num_layers", "6", "--parallel.pipeline", "3"]), saved)
+    assert load_config([], base=saved).parallel.layers_per_stage == [2, 2, 2]
+    parallel = load_config(["--parallel.pipeline", "2"], base=saved).parallel
+    assert (parallel.layers_per_stage, parallel.microbatches_in_flight) == ([3, 3], 4)
