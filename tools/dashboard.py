@@ -46,7 +46,7 @@ def main() -> int:
 
 def _up(parser: argparse.ArgumentParser, arguments: list[str]) -> int:
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of the runs (default: runs)")
-    parser.add_argument("--targets", metavar="FOLDER", help="telemetry.targets_dir of the runs (default: RUNS/.targets)")
+    parser.add_argument("--targets", metavar="FOLDER", help="the runs' telemetry.targets_dir (default: RUNS/.targets)")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 lets other machines in")
     parser.add_argument("--port", type=int, default=8700, help="port to serve at; 0 takes a free one (default: 8700)")
     parser.add_argument("--prometheus", metavar="PATH", help="the prometheus binary (default: the one on the PATH)")

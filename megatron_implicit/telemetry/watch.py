@@ -20,9 +20,9 @@ from megatron_implicit.telemetry.timing import PARTS
 BARS = "▁▂▃▄▅▆▇█"
 CURVES = (
     ("loss", "loss"), ("validation_loss", "held out"), ("tokens_per_s", "tokens/s"), ("mfu", "MFU"),
-    ("model_flops_per_s", "FLOP/s a device"), ("evaluations_mean", "evaluations"), ("evaluations_max", "evaluations, most"),
-    ("residual_mean", "residual"), ("unconverged_fraction", "unconverged"), ("grad_norm", "gradient norm"),
-    ("learning_rate", "learning rate"),
+    ("model_flops_per_s", "FLOP/s a device"), ("evaluations_mean", "evaluations"),
+    ("evaluations_max", "evaluations, most"), ("residual_mean", "residual"), ("unconverged_fraction", "unconverged"),
+    ("grad_norm", "gradient norm"), ("learning_rate", "learning rate"),
 )  # fmt: skip
 """Rows of the table of curves: key and words."""
 STATE_STYLES = {"running": "green", "finished": "blue", "stalled": "bold red", "failed": "bold red"}
@@ -73,8 +73,8 @@ class TerminalView:
 
     def _curves(self, columns: int) -> Table:
         table = Table(box=None, pad_edge=False, expand=False)
-        for name, justify in (("", "left"), ("now", "right"), ("over the run", "left"), ("lowest", "right"), ("highest", "right")):
-            table.add_column(name, justify=justify, no_wrap=True)
+        for name in ("", "now", "over the run", "lowest", "highest"):
+            table.add_column(name, justify="left" if name in ("", "over the run") else "right", no_wrap=True)
         curves = self._history.curves([key for key, _ in CURVES], columns)
         for key, words in CURVES:
             known = [value for value in curves[key] if value is not None]
@@ -93,12 +93,14 @@ class TerminalView:
         for index in sorted(range(len(recent)), key=lambda index: -(recent[index] or 0))[:4]:
             line, slow = heat["latest"][index], recent[index] or 0
             parts = [_span(line.get(f"{part}_s")) for part in PARTS]
-            table.add_row(str(line["rank"]), str(line["node"]), f"{slow:.2f}", *parts, style="bold red" if slow > 1.25 else "")
+            style = "bold red" if slow > 1.25 else ""
+            table.add_row(str(line["rank"]), str(line["node"]), f"{slow:.2f}", *parts, style=style)
         return table
 
     def _events(self) -> Optional[Text]:
         lines = [
-            f"{time.strftime('%H:%M:%S', time.localtime(event['time']))}  step {event['step']}  {event['kind']}: {event['message']}"
+            f"{time.strftime('%H:%M:%S', time.localtime(event['time']))}  step {event['step']}  {event['kind']}: "
+            f"{event['message']}"
             for event in self._history.events[-5:]
         ]
         return Text("\n" + "\n".join(lines), style="dim") if lines else None

@@ -117,11 +117,12 @@ class Browser:
     def hover(self, selector: str) -> str:
         """Moves the mouse over an element and returns the hint that appears."""
         box = self.evaluate(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            " const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
+            " e.scrollIntoView({block: 'center'}); const r = e.getBoundingClientRect();"
+            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
-        return self.evaluate("(() => { const t = document.getElementById('tip'); return t.hidden ? '' : t.innerText; })()")
+        return self.evaluate("document.getElementById('tip').hidden ? '' : document.getElementById('tip').innerText")
 
     def prefer(self, scheme: str) -> None:
         """'light' or 'dark', as the system would say."""

@@ -71,17 +71,19 @@ class SimulatedRun:
         """The run's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config), encoding="utf-8")
-        began = time.time() - self.steps * self.step_s if self.began is None else self.began
+        length = self.steps * self.step_s + (60.0 if self.restart_at is not None else 0.0)
+        began = time.time() - length if self.began is None else self.began
         metrics, events = [], LineFile(self.folder / "events.jsonl")
         self._event(events, began - 5, 0, 0, "start", f"new run in {self.name}")
         gap, attempt = 0.0, 0
         for step in self._step_order():
+            now = began + step * self.step_s + gap
             if self.restart_at is not None and attempt == 0 and step < self._last_made:
-                attempt, gap = 1, 60.0
-                self._event(events, began + step * self.step_s + gap - 5, step - 1, 1, "resume", f"from step {step - 1}")
-            metrics.append(self.metrics(step, began + step * self.step_s + gap, attempt))
+                attempt, gap, now = 1, 60.0, now + 60.0
+                self._event(events, now - 5, step - 1, 1, "resume", f"from step {step - 1}")
+            metrics.append(self.metrics(step, now, attempt))
             if step % 100 == 0:
-                self._event(events, began + step * self.step_s + gap, step, attempt, "checkpoint", f"step_{step:08}")
+                self._event(events, now, step, attempt, "checkpoint", f"step_{step:08}")
             self._last_made = step
         (self.folder / "metrics.jsonl").write_bytes(b"\n".join(map(orjson.dumps, metrics)) + b"\n")
         events.close()
@@ -97,14 +99,16 @@ class SimulatedRun:
             "step": step, "time": now, "attempt": attempt, "ranks": self.ranks, "tokens": step * 64 * 256,
             "loss": 2.4 + 8.0 * (step + 8) ** -0.45 + noise(0, 0.05), "grad_norm": math.exp(noise(-0.4, 0.25)),
             "learning_rate": 1e-3 * min(1, step / 30), "phase": "free" if free else "bounded",
-            "iterations_mean": evaluations - 0.4, "evaluations_mean": evaluations, "evaluations_p50": round(evaluations),
+            "iterations_mean": evaluations - 0.4, "evaluations_mean": evaluations,
+            "evaluations_p50": round(evaluations),
             "evaluations_p99": round(evaluations) + (4 if free else 0),
             "evaluations_max": round(evaluations) + (9 if free else 0), "evaluations_skew": abs(noise(0, 0.5)),
             "residual_mean": residual, "residual_p50": 0.9 * residual, "residual_p90": 1.2 * residual,
             "residual_p99": 1.5 * residual, "residual_max": 2.2 * residual,
             "unconverged_fraction": max(0.0, noise(0.03, 0.02)) if free else None,
             "token_residual_p50": residual / 2, "token_residual_p99": 3 * residual, "token_residual_p100": 9 * residual,
-            "step_time_s": self.step_s, "tokens_per_s": 64 * 256 / self.step_s * (4 / evaluations) * (1 + noise(0, 0.02)),
+            "step_time_s": self.step_s,
+            "tokens_per_s": 64 * 256 / self.step_s * (4 / evaluations) * (1 + noise(0, 0.02)),
             "model_flops_per_s": 3.1e14 * (1 + noise(0, 0.01)), "mfu": 0.313 * (1 + noise(0, 0.01)),
             "memory_bytes": 5.1e10,
         }  # fmt: skip

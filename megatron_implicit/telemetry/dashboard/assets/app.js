@@ -132,7 +132,9 @@ class Overview {
       n(String(run.attempt ?? DASH)), n(known(ago) ? (ago < 3 ? "now" : `${span(ago)} ago`) : DASH));
   }
 
-  nodeTable(nodes) {
+  /* Nodes that need a look come first. */
+  nodeTable(unordered) {
+    const nodes = [...unordered].sort((a, b) => a.up - b.up || (b.slowness > 1.25) * b.slowness - (a.slowness > 1.25) * a.slowness);
     const titles = [["node", ""], ["run", ""], ["state", ""], ["job", ""], ["ranks", "n"], ["tokens/s", "n", tip("rank_tokens_per_s")], ["memory, most", "n", tip("rank_memory_bytes")], ["data wait, most", "n", tip("data_wait_s")], ["slowest rank", "n", tip("slowness")]];
     return element("table", {}, element("thead", {}, element("tr", {}, ...titles.map(([name, kind, meaning]) => element("th", { class: kind, "data-tip": meaning }, name)))),
       element("tbody", {}, ...nodes.map((node) => {
