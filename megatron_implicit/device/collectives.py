@@ -14,14 +14,15 @@ import torch.distributed as dist
 
 _OBSERVED = (
     "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_gather", "reduce_scatter", "broadcast",
-    "all_to_all_single", "all_gather_object", "broadcast_object_list", "barrier", "send", "recv",
+    "all_to_all_single", "all_gather_object", "broadcast_object_list", "barrier",
 )  # fmt: skip
 
 
 def observe_collectives(around: Callable[[], ContextManager[None]]) -> None:
     """Runs every later collective inside ``around()``. The first observer of a process stays; later ones are ignored.
 
-    Not seen: the wait for a collective that was started asynchronously.
+    Not seen: the wait for a collective that was started asynchronously, and messages between two ranks, which may have
+    threads of their own.
     """
     if hasattr(dist.all_reduce, "_observed"):
         return
