@@ -304,7 +304,7 @@ class DebugConfig:
 
     inject: Optional[str] = None
     """Fault for tests, 'KIND@STEP' or 'KIND@STEP:RANK', KIND one of nonfinite_iterate, nan_gradient, gradient_spike,
-    loss_spike, diverging_solve, desync, hang, crash. Off by default."""
+    loss_spike, diverging_solve, desync, hang, slow, crash. Off by default."""
 
 
 @dataclass

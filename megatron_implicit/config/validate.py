@@ -320,7 +320,7 @@ def _validate_debug(config: Config) -> None:
 
 
 FAULTS = (
-    "nonfinite_iterate", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync", "hang", "crash",
+    "nonfinite_iterate", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync", "hang", "slow", "crash",
 )  # fmt: skip
 """Kinds of ``debug.inject``."""
 
