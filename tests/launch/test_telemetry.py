@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ def test_metrics_of_a_killed_and_resumed_run_are_one_curve(resumed: Path) -> Non
     assert list(history.steps) == list(range(9))
     assert list(history.column("attempt")) == [0, 0, 0, 0, 1, 1, 1, 1, 1]
     (attempt,) = history.attempts
-    assert (attempt.step, attempt.redone) == (4, 2) and attempt.gap_s > 1
+    assert attempt.step == 4 and attempt.redone in (1, 2) and attempt.gap_s > 1  # the last line may be lost
     assert [event["kind"] for event in history.events if event["kind"] in ("start", "resume")] == ["start", "resume"]
     assert history.state() == "finished" and history.last["time_solve_s"] > 0
 
@@ -53,7 +56,7 @@ def test_tensorboard_shows_every_step_once_and_says_where_the_run_went_on(resume
 
 
 def test_wandb_continues_the_same_run(resumed: Path) -> None:
-    first, second = (wandb_records(path) for path in sorted((resumed / "wandb").glob("offline-run-*/run-*.wandb")))
+    first, second = (wandb_file(path) for path in sorted((resumed / "wandb").glob("offline-run-*/run-*.wandb")))
     assert first.id == second.id
     steps = {int(line["step"]): line for line in first.history + second.history if "loss" in line}
     assert sorted(steps) == list(range(1, 9))
@@ -61,22 +64,41 @@ def test_wandb_continues_the_same_run(resumed: Path) -> None:
     assert any("event/resume" in line for line in second.history)
 
 
-class wandb_records:  # noqa: N801 - a reader, used as a function
-    """Id and history of an offline run, by wandb's own reader."""
+@dataclass
+class WandbFile:
+    """Id and history of an offline run."""
 
-    def __init__(self, path: Path) -> None:
-        from wandb.proto import wandb_internal_pb2
-        from wandb.sdk.internal import datastore
+    id: str
+    history: list[dict[str, Any]]
 
-        store, self.history = datastore.DataStore(), []
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") == "run":
-                self.id = record.run.run_id
-            if record.WhichOneof("record_type") == "history":
-                self.history.append(_items(record.history.item))
+
+def wandb_file(path: Path) -> WandbFile:
+    """Reads a .wandb file: a header of 7 bytes, then LevelDB's log format with records of wandb's protocol."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = WandbFile("", [])
+    for data in _log_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "run":
+            found.id = record.run.run_id
+        if record.WhichOneof("record_type") == "history":
+            found.history.append(_items(record.history.item))
+    return found
+
+
+def _log_records(content: bytes) -> Iterator[bytes]:
+    place, block, parts = 7, 32768, b""
+    while place + 7 <= len(content):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        parts += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last part
+            yield parts
+            parts = b""
 
 
 def _items(items: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Where a run's numbers go: one sink a file, none of which can harm the run.
 
-``base`` has the interface; ``thread`` feeds the sinks behind the training thread's back and survives their failures;
+``base`` has the interface; ``thread`` feeds each sink on a thread of its own and survives its failures;
 ``standard_sinks`` opens what ``telemetry.*`` asks for. metrics.jsonl is always written, by rank 0.
 """
 
@@ -12,10 +12,10 @@ from megatron_implicit.telemetry.sinks.base import Identity, Sink
 from megatron_implicit.telemetry.sinks.jsonl import MetricsFileSink, RankFileSink
 from megatron_implicit.telemetry.sinks.prometheus import PrometheusSink
 from megatron_implicit.telemetry.sinks.tensorboard import TensorBoardSink
-from megatron_implicit.telemetry.sinks.thread import SinkThread
+from megatron_implicit.telemetry.sinks.thread import SinkThreads
 from megatron_implicit.telemetry.sinks.weights_and_biases import WandbSink
 
-__all__ = ["Identity", "Sink", "SinkThread", "standard_sinks"]
+__all__ = ["Identity", "Sink", "SinkThreads", "standard_sinks"]
 
 
 def standard_sinks(config: TelemetryConfig, identity: Identity, metrics_file: LineFile) -> list[Sink]:

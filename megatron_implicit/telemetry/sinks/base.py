@@ -36,13 +36,15 @@ class Identity:
 
 
 class Sink:
-    """Takes a run's numbers. Every method runs on one thread that is not the training thread, and may fail: the run
+    """Takes a run's numbers. Every method runs on the sink's own thread and may fail or take its time: the run
     goes on without the sink."""
 
     name = "sink"
     """In messages."""
     rests = True
     """Whether the sink is left alone for a while once it has failed."""
+    essential = False
+    """Whether a checkpoint waits for what the sink was given."""
 
     def open(self) -> None:
         """Before anything else; may take its time."""

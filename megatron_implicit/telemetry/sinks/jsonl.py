@@ -13,7 +13,7 @@ class MetricsFileSink(Sink):
     """metrics.jsonl. Lines that find no room on the disk wait for it."""
 
     name = "metrics.jsonl"
-    rests = False
+    rests, essential = False, True
 
     def __init__(self, file: LineFile) -> None:
         self._file = file

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron_implicit.comm.groups import place_from_environment
 from megatron_implicit.config import config_to_dict
 from megatron_implicit.device import current_platform
-from megatron_implicit.telemetry.sinks import Identity, SinkThread, standard_sinks
+from megatron_implicit.telemetry.sinks import Identity, SinkThreads, standard_sinks
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.solver_statistics import OWN_FIELDS
 
@@ -27,15 +27,17 @@ PATIENCE_S = 10.0
 
 
 class Reporting(Callback):
-    """Runs after whatever completes ``record.metrics``. Costs the training thread a queue's put."""
+    """Runs after whatever completes ``record.metrics``. Costs the training thread a few puts into queues."""
+
+    _over = False
 
     def on_start(self, trainer: "Trainer") -> None:
         identity = identity_of(trainer)
         metrics_file = trainer.folder.line_file("metrics.jsonl")
         sinks = standard_sinks(trainer.config.telemetry, identity, metrics_file)
-        self._thread = SinkThread(sinks, lambda trouble: self._say(trainer, trouble))
+        self._sinks = SinkThreads(sinks, lambda trouble: self._say(trainer, identity.rank, trouble))
         if trainer.initial_validation is not None and identity.rank == 0:
-            self._thread.step(
+            self._sinks.step(
                 {"step": 0, "time": time.time(), "attempt": identity.attempt, "tokens": 0,
                  "validation_loss": trainer.initial_validation.loss, "phase": trainer.next_phase.name}, {},
             )  # fmt: skip
@@ -48,27 +50,27 @@ class Reporting(Callback):
             "rank_memory_bytes": current_platform().peak_memory_bytes(),
             **{name: own[name] for name in OWN_FIELDS if own.get(name) is not None},
         }
-        self._thread.step(record.metrics if dist.get_rank() == 0 else None, rank, record.times)
+        self._sinks.step(record.metrics if dist.get_rank() == 0 else None, rank, record.times)
 
     def on_event(self, trainer: "Trainer", event: dict[str, Any]) -> None:
-        if hasattr(self, "_thread"):
-            self._thread.event(event)
+        if hasattr(self, "_sinks"):
+            self._sinks.event(event)
 
     def state_dict(self) -> dict[str, Any]:
         """Before a checkpoint the steps it has are in metrics.jsonl: a resumed run does not make them again."""
-        if hasattr(self, "_thread"):
-            self._thread.flush(PATIENCE_S)
+        if hasattr(self, "_sinks"):
+            self._sinks.flush(PATIENCE_S)
         return {}
 
     def on_exit(self, trainer: "Trainer") -> None:
-        if hasattr(self, "_thread"):
-            self._thread.close(PATIENCE_S)
+        if hasattr(self, "_sinks"):
+            self._sinks.close(PATIENCE_S)
+            self._over = True
 
-    @staticmethod
-    def _say(trainer: "Trainer", trouble: str) -> None:
-        rank = dist.get_rank() if dist.is_initialized() else 0
+    def _say(self, trainer: "Trainer", rank: int, trouble: str) -> None:
         print(f"warning: rank {rank}: telemetry: {trouble}", file=sys.stderr, flush=True)
-        trainer.event("telemetry", trouble)
+        if not self._over:
+            trainer.event("telemetry", trouble)
 
 
 def identity_of(trainer: "Trainer") -> Identity:
