@@ -57,10 +57,11 @@ def test_tensorboard_shows_every_step_once_and_says_where_the_run_went_on(resume
 
 def test_wandb_continues_the_same_run(resumed: Path) -> None:
     first, second = (wandb_file(path) for path in sorted((resumed / "wandb").glob("offline-run-*/run-*.wandb")))
-    assert first.id == second.id
+    assert first.id in ("", second.id) and second.id  # a kill may take all of a file with it
     steps = {int(line["step"]): line for line in first.history + second.history if "loss" in line}
     assert sorted(steps) == list(range(1, 9))
     assert [int(steps[step]["attempt"]) for step in sorted(steps)] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert [int(line["step"]) for line in second.history if "loss" in line] == list(range(1, 9))
     assert any("event/resume" in line for line in second.history)
 
 

@@ -55,10 +55,13 @@ class SinkThreads:
             place.submit(lambda place=place: place.call("event", lambda: (event,)))
 
     def flush(self, timeout: float) -> bool:
-        """Waits until the sinks that a checkpoint relies on have written all they were given; whether they have."""
-        waits = [place.flush() for place in self._places if place.sink.essential]
-        deadline = time.monotonic() + timeout
-        return all(wait.wait(max(0.0, deadline - time.monotonic())) for wait in waits)
+        """Asks all sinks to write what they were given, and waits for those a checkpoint relies on; whether they have."""
+        waits = [(place.flush(), place.sink.essential) for place in self._places]
+        return self._wait([done for done, essential in waits if essential], timeout)
+
+    def drain(self, timeout: float) -> bool:
+        """Waits until every sink has done all it was given, at most ``timeout`` seconds; whether they have."""
+        return self._wait([place.flush() for place in self._places], timeout)
 
     def close(self, timeout: float) -> None:
         """Closes the sinks and ends their threads; those that have not ended in time are left to themselves."""
@@ -67,6 +70,11 @@ class SinkThreads:
         deadline = time.monotonic() + timeout
         for place in self._places:
             place.join(max(0.0, deadline - time.monotonic()))
+
+    @staticmethod
+    def _wait(events: list[threading.Event], timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        return all(event.wait(max(0.0, deadline - time.monotonic())) for event in events)
 
 
 class _Step:

@@ -7,15 +7,19 @@ from typing import Any, Optional
 
 from megatron_implicit.config import TelemetryConfig
 from megatron_implicit.telemetry.catalogue import RUN_METRICS
+from megatron_implicit.telemetry.metrics_file import last_metrics
 from megatron_implicit.telemetry.sinks.base import Identity, Sink
 
+TOLD_AGAIN_BYTES = 512 * 1024
+"""Of metrics.jsonl: more steps than wandb keeps to itself (32 KiB)."""
 CONNECT_S = 60.0
 """Seconds that reaching the server may take."""
 
 
 class WandbSink(Sink):
-    """The job's numbers by step. The run's id makes one curve of all jobs; ``attempt`` and the event log mark where
-    one took over from another. Offline runs reach the server with ``wandb sync --append``."""
+    """The job's numbers by step. The run's id makes one curve of all jobs; ``attempt`` and the events mark where one
+    took over from another. A job that was killed takes with it what wandb had not written: the job that goes on tells
+    the last steps before its own again. Offline runs reach the server with ``wandb sync --append``."""
 
     name = "wandb"
 
@@ -43,6 +47,10 @@ class WandbSink(Sink):
         # Our own step: wandb's only grows, and would leave out the steps that are made again after a crash.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
+        if identity.attempt:
+            for line in last_metrics(identity.run_dir / "metrics.jsonl", TOLD_AGAIN_BYTES):
+                if line["step"] < identity.first_step:
+                    self.step(line, {})
 
     def step(self, metrics: Optional[dict[str, Any]], rank: dict[str, Any]) -> None:
         if metrics is not None:
