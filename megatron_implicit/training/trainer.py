@@ -27,6 +27,7 @@ from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.step import StepResult, StepRunner
 from megatron_implicit.training.validation import HeldOutLoss, measure_loss
+from megatron_implicit.training.watchdog import Progress, Watchdog
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,6 @@ class StepRecord:
     """What the seconds went to, on this rank."""
     validation: Optional[HeldOutLoss] = None
     metrics: Optional[dict[str, Any]] = None
-
-
-class Progress:
-    """Where the training thread has got to, for whoever watches it from another thread."""
-
-    def __init__(self) -> None:
-        self.alive("the start")
-
-    def alive(self, where: str) -> None:
-        """Says that something begins, and so that what was before has ended."""
-        self.where, self._since = where, time.monotonic()
-
-    @property
-    def idle_s(self) -> float:
-        """Seconds since the last word."""
-        return time.monotonic() - self._since
 
 
 class Trainer:
@@ -139,6 +124,13 @@ class Trainer:
         Raises:
             MegatronImplicitError: the run cannot go on; the message says why and what to do.
         """
+        with Watchdog(
+            self.config.health.hang_minutes, self.progress, self.folder.logs, self.state.attempt,
+            lambda message: self.event("hang", message),
+        ):  # fmt: skip
+            self._run()
+
+    def _run(self) -> None:
         try:
             self._run()
         finally:
