@@ -44,7 +44,11 @@ def test_a_run_stopped_by_signal_and_time_limit_repeats_the_uninterrupted_one(ru
     assert states[1]["run_id"] == leases[1]["run_id"] != leases[0]["run_id"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest", "gone"])
+LONG = pytest.mark.acceptance
+DAMAGES = ["truncated", "flipped", pytest.param("no manifest", marks=LONG), pytest.param("gone", marks=LONG)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_taken(runs: Runs, damage: str) -> None:
     name = damage.replace(" ", "_")
     checkpoints = runs.copy("whole", name) / "checkpoints"
