@@ -32,6 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "specs": _SPECS,
     "models": _MODELS | {"telemetry"},
     "schedules": _ABOVE_MODELS,
+    "planning": _COMM | {"telemetry", "schedules"},
     "inference": _ABOVE_MODELS,
     "checkpoint": _CHECKPOINT,
     "conversion": _CHECKPOINT | {"checkpoint"},

@@ -22,13 +22,14 @@ def recomputed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """``function(*args, **kwargs)``, evaluated again in the backward pass under the same bound pass."""
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    bound = current_pass()
+    bound, names = current_pass(), tuple(kwargs)
 
-    def rebound(*inner_args: Any, **inner_kwargs: Any) -> Any:
+    def rebound(*inner: Any) -> Any:
         with bound.bound():
-            return function(*inner_args, **inner_kwargs)
+            return function(*inner[: len(args)], **dict(zip(names, inner[len(args) :])))
 
-    return checkpoint(rebound, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    # All by position: torch keeps those as saved tensors, which memory accounts see, and keywords in a closure.
+    return checkpoint(rebound, *args, *kwargs.values(), use_reentrant=False, preserve_rng_state=False)
 
 
 class RecomputedMambaLayer(MambaLayer):

@@ -40,7 +40,7 @@ class Timeline:
 
     @property
     def imbalance(self) -> float:
-        """The part of the bubble that no schedule removes, from stages with unequal work: 1 - mean(busy) / max(busy)."""
+        """The part of the bubble that no schedule removes: 1 - mean(busy) / max(busy), 0 for stages with equal work."""
         return 1.0 - sum(self.busy) / (self.plan.stages * max(self.busy))
 
     @property

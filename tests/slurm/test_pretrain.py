@@ -1,0 +1,160 @@
+"""Training on a real Slurm with the shipped scripts: jobs that end well, and jobs that are stopped, killed or refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.launch.conftest import REPOSITORY, SETTINGS
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import SubmittedRuns, start_pretraining
+
+STEPS, SAVE_EVERY = 16, 3
+
+
+@dataclass
+class Story:
+    """A run, what is done to it on the way, and how its jobs end."""
+
+    arguments: list[str] = field(default_factory=list)
+    events: list[tuple[int, Callable[[str], None]]] = field(default_factory=list)
+    """(step that has been done, what then happens to the job that runs)."""
+    jobs: list[str] = field(default_factory=list)
+    ends: list[tuple[str, str]] = field(default_factory=list)
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SubmittedRuns:
+    """Runs of sixteen steps that save every third."""
+    settings = {"train": {**SETTINGS["train"], "steps": STEPS}, "checkpoint": {"save_every": SAVE_EVERY}}
+    return SubmittedRuns(tmp_path_factory.mktemp("slurm"), cluster, **settings)
+
+
+@pytest.fixture(scope="module")
+def stories(cluster: Cluster, runs: SubmittedRuns) -> dict[str, Story]:
+    """All of them at the same time, since most of a job's time is its start."""
+
+    def ask_to_stop(job: str) -> None:  # what Slurm does before the time limit
+        assert cluster.run("scancel", "-s", "USR1", "-b", job).returncode == 0
+
+    def kill_last_rank(job: str) -> None:
+        os.kill(cluster.processes(job, ranks=True)[-1], signal.SIGKILL)
+
+    def kill_everything(job: str) -> None:
+        for process in cluster.processes(job):
+            os.kill(process, signal.SIGKILL)
+
+    def cancel(job: str) -> None:
+        cluster.run("scancel", job)
+
+    stories = {
+        "whole": Story(),
+        "asked": Story(events=[(4, ask_to_stop)]),
+        "killed": Story(["--chain", "2"], [(4, kill_last_rank), (10, kill_everything)]),
+        "cancelled": Story(events=[(2, cancel)]),
+    }
+    for name, story in stories.items():
+        story.jobs = runs.submit(name, *story.arguments)
+    _tell(cluster, runs, stories, timeout=300)
+    return stories
+
+
+def _tell(cluster: Cluster, runs: SubmittedRuns, stories: dict[str, Story], timeout: float) -> None:
+    """Lets the events happen and waits until all jobs are over."""
+    deadline = time.monotonic() + timeout
+    waiting = {name: list(story.events) for name, story in stories.items()}
+    while not all(len(story.ends) == len(story.jobs) for story in stories.values()):
+        assert time.monotonic() < deadline, {name: runs.log(name) for name in stories}
+        for name, story in stories.items():
+            for job in story.jobs[len(story.ends) :]:
+                state, reason = cluster.state(job)
+                cluster.start_at_once(job, reason)
+                done = max((entry["step"] for entry in runs.entries(name)), default=0)
+                if state == "RUNNING" and waiting[name] and done >= waiting[name][0][0]:
+                    waiting[name].pop(0)[1](job)
+            if story.jobs[len(story.ends) :] and _is_over(cluster, story.jobs[len(story.ends)]):
+                story.ends.append(cluster.wait(story.jobs[len(story.ends)]))
+        time.sleep(0.05)
+    assert not any(waiting.values()), waiting
+
+
+def _is_over(cluster: Cluster, job: str) -> bool:
+    return cluster.state(job)[0] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+
+
+def redone_steps(runs: SubmittedRuns, name: str) -> list[int]:
+    """How many steps each attempt repeated of what the one before had done."""
+    redone, last = [], None
+    for entry in runs.entries(name):
+        if last is not None and entry["attempt"] != last["attempt"]:
+            redone.append(last["step"] - entry["step"] + 1)
+        last = entry
+    return redone
+
+
+def test_the_shipped_script_trains_over_two_nodes_and_leaves_one_folder(
+    runs: SubmittedRuns, stories: dict[str, Story]
+) -> None:
+    assert stories["whole"].ends == [("COMPLETED", "0:0")], runs.log("whole")
+    folder = runs.folder / "runs" / "whole"
+    assert sorted(runs.curve("whole")) == list(range(STEPS + 1))
+    assert (folder / "checkpoints" / "latest").read_text().strip() == f"step_{STEPS:08d}"
+    assert "2 ranks on n[1-2]" in runs.log("whole") and "the ranks ended with code 0" in runs.log("whole")
+    kept = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert {"config.yaml", "slurm/job.sbatch", "slurm/small.yaml", "code/VERSION", "code/launch/pretrain.py"} <= kept
+
+
+def test_a_run_asked_to_stop_before_its_limit_saves_and_is_requeued_and_loses_nothing(
+    runs: SubmittedRuns, stories: dict[str, Story]
+) -> None:
+    log = runs.log("asked")
+    assert stories["asked"].ends == [("COMPLETED", "0:0")], log
+    assert "asking the ranks to save and end" in log and "ended with code 75" in log and "requeued as attempt 1" in log
+    assert log.count("ranks on n[1-2]") == 2  # one log over all attempts
+    assert redone_steps(runs, "asked") == [0]
+    assert runs.curve("asked") == runs.curve("whole")
+
+
+def test_a_run_whose_rank_and_then_whose_job_is_killed_goes_on_by_itself(
+    runs: SubmittedRuns, stories: dict[str, Story]
+) -> None:
+    log = runs.log("killed")
+    first, second = stories["killed"].ends
+    assert first[0] == "FAILED" and second == ("COMPLETED", "0:0"), log
+    assert "requeued as attempt 1" in log
+    redone = redone_steps(runs, "killed")
+    assert len(redone) == 2 and all(0 <= steps <= SAVE_EVERY for steps in redone)
+    assert runs.curve("killed") == runs.curve("whole")
+
+
+def test_a_cancelled_job_stays_cancelled(runs: SubmittedRuns, stories: dict[str, Story]) -> None:
+    assert stories["cancelled"].ends[0][0] == "CANCELLED", runs.log("cancelled")
+    assert "requeued" not in runs.log("cancelled")
+
+
+def test_torchrun_srun_and_mpirun_give_the_same_losses(runs: SubmittedRuns, stories: dict[str, Story]) -> None:
+    launchers = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        "mpirun": ["mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable, "-W", "ignore"],
+    }
+    for name, launcher in launchers.items():
+        done = start_pretraining(launcher, runs.config, runs.folder / "runs" / name)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert runs.curve(name) == runs.curve("whole"), name
+
+
+def test_a_wrong_configuration_is_not_started_again(cluster: Cluster, runs: SubmittedRuns) -> None:
+    job = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--chdir={REPOSITORY}",
+        f"--output={runs.folder}/wrong.out", REPOSITORY / "SLURM" / "pretrain.sbatch", runs.config, "--run.dir",
+        runs.folder / "runs" / "wrong", "--parallel.tensr", 2, PYTHON=sys.executable, SLURM_SUBMIT_DIR=REPOSITORY,
+    ).stdout.strip()  # fmt: skip
+    assert cluster.wait(job) == ("FAILED", "2:0")
+    log = (runs.folder / "wrong.out").read_text()
+    assert "error: unknown configuration key 'parallel.tensr'" in log and "requeued" not in log
