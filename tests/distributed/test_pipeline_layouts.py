@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_implicit.api import load_pretrained
 from megatron_implicit.checkpoint import CheckpointFolder, TrainingState, load_training_state, save_checkpoint
+from megatron_implicit.conversion.reference import gather_reference
 from megatron_implicit.layers.sharding import placed_parameters
 from megatron_implicit.models.initialisation import named_modules_globally
 from megatron_implicit.training.validation import measure_loss
@@ -120,3 +122,6 @@ def test_checkpoints_go_round_all_layouts(pool, one_process, tmp_path, family: s
         if layout.pipeline > 1:
             assert_copies_agree([rank[1] for rank in ranks])
         first = last + 1
+    lm = load_pretrained(tmp_path)  # in a plain process, whatever saved it
+    for key, value in gather_reference(lm.model).items():
+        assert torch.equal(value, ranks[0][0].parameters[key]), key
