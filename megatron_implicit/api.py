@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Sequence, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from megatron_implicit.errors import CheckpointError, ConfigError
 
 prepare_megatron()
 
-from megatron_implicit.inference.forward import ModelOutput, evaluate_in_chunks, evaluate_sequence  # noqa: E402
-from megatron_implicit.solver import SolveSettings  # noqa: E402
+from megatron_implicit.inference import InferenceSession, Mode, ModelOutput, Padding, SolveMode, evaluate  # noqa: E402
+from megatron_implicit.inference.generation import Generation, TokenStream  # noqa: E402
+from megatron_implicit.inference.sampling import GREEDY, Sampling  # noqa: E402
+from megatron_implicit.solver import ResidualNorm, SolveSettings  # noqa: E402
 from megatron_implicit.solver.settings import override  # noqa: E402
 
-Mode = Literal["simultaneous", "sequential", "chunked", "window"]
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -43,7 +44,9 @@ class PretrainedModel(nn.Module):
         mode: Mode = "simultaneous",
         chunk_size: Optional[int] = None,
         window_size: Optional[int] = None,
-        residual_norm: Literal["sample", "batch"] = "sample",
+        residual_norm: ResidualNorm = "sample",
+        lengths: Optional[Sequence[int] | Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
         **solver_overrides: Any,
     ) -> ModelOutput:
         """Logits, hidden states and solver statistics.
@@ -53,29 +56,86 @@ class PretrainedModel(nn.Module):
 
         Args:
             input_ids: [b, s] integers below the vocabulary's size.
-            mode: simultaneous (all tokens at once), sequential (token by token, with committed states) or chunked.
+            mode: simultaneous (all tokens at once), sequential (token by token, with committed states), chunked, or
+                window (a sliding window of tokens iterates, and what has settled is committed behind it).
             chunk_size: tokens of a chunk in chunked mode.
             window_size: tokens of the window in window mode.
-            residual_norm: "sample", or "batch" for the reference's one norm over the whole batch.
+            residual_norm: "sample", over all tokens of a sample that are solved together; "batch" for the reference's
+                one norm over the whole batch; or "token": every token must reach the tolerance by itself, which makes
+                it mean the same in all modes.
+            lengths: [b] tokens of each sample, where the rest of its row is padding at the end.
+            attention_mask: [b, s] the same as a mask, 1 for tokens; the padding may come first instead.
             solver_overrides: values of the config's ``solver`` section in training, of ``inference`` in eval.
+
+        Returns:
+            Logits and hidden states are 0 at padding, whose ids are ignored.
 
         Raises:
             ConfigError: an unknown mode or override, or input that does not fit the model; in one line.
         """
-        self._check_input(input_ids)
+        padding = self._padding(input_ids, lengths, attention_mask)
         input_ids = input_ids.to(next(self.parameters()).device)
-        chunk = self._chunk(mode, chunk_size, input_ids.shape[1])
+        if padding is not None:
+            input_ids = padding.to_the_end(input_ids)
+        self.check_ids(input_ids)
+        solve_mode = self._mode(mode, chunk_size, window_size, residual_norm)
         self._set_solver(residual_norm, solver_overrides)
-        if chunk is None:
-            return evaluate_sequence(self.model, input_ids)
-        return evaluate_in_chunks(self.model, input_ids, chunk)
+        if padding is None:
+            return evaluate(self.model, input_ids, solve_mode)
+        out = evaluate(self.model, input_ids, solve_mode, padding.lengths)
+        trace = out.trace if mode == "simultaneous" else out.trace.map(padding.back)
+        return ModelOutput(padding.back(out.logits), padding.back(out.hidden), trace)
 
-    def _check_input(self, input_ids: Tensor) -> None:
+    def session(self, batch: int, capacity: Optional[int] = None, **solver_overrides: Any) -> InferenceSession:
+        """Sequences that grow, with kept states: ``session.advance(ids)`` solves the next tokens of every sample.
+
+        Args:
+            batch: samples.
+            capacity: most tokens of a sample (Llama's caches; Mamba2's states do not grow).
+            solver_overrides: values of the config's ``inference`` section.
+
+        Raises:
+            ConfigError: an unknown override.
+        """
+        self._refuse_training("a session")
+        self._set_solver("sample", solver_overrides)
+        return InferenceSession(self.model, batch, capacity)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        sampling: Sampling = GREEDY,
+        stop_ids: Sequence[int] = (),
+        capacity: Optional[int] = None,
+        **solver_overrides: Any,
+    ) -> list[Generation]:
+        """Continues each prompt; no sample's tokens depend on its companions. ``inference.generation`` streams them.
+
+        Args:
+            prompts: token ids, at least one a prompt, of any lengths.
+            max_tokens: most tokens to generate for each.
+            sampling: how tokens are chosen; greedy by default.
+            stop_ids: tokens that end a sample, like the end of text.
+            capacity: most tokens of a sample, prompt included; None makes room for ``max_tokens``.
+            solver_overrides: values of the config's ``inference`` section.
+
+        Raises:
+            ConfigError: prompts that cannot be answered, or an unknown override.
+            CapacityError: a prompt longer than the cache.
+        """
+        longest = max((len(prompt) for prompt in prompts), default=0)
+        session = self.session(len(prompts), capacity or longest + max_tokens, **solver_overrides)
+        return TokenStream(session, prompts, max_tokens, sampling, stop_ids=stop_ids).finish()
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the memory of a session grows with its capacity (attention), or is constant (Mamba2)."""
+        return self.config.architecture == "llama"
+
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Raises ConfigError where ids [b, s] are not tokens of the model's vocabulary."""
         vocabulary = self.config.model.vocab_size
-        if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
-            raise ConfigError(
-                f"input_ids must be integers of shape [b, s], not {input_ids.dtype} {tuple(input_ids.shape)}"
-            )
         low, high = int(input_ids.min()), int(input_ids.max())
         if low < 0 or high >= vocabulary:
             wrong = low if low < 0 else high
@@ -83,29 +143,49 @@ class PretrainedModel(nn.Module):
                 f"input_ids hold {wrong}, outside the vocabulary of {vocabulary}: use the model's tokenizer"
             )
 
-    def _chunk(self, mode: Mode, chunk_size: Optional[int], tokens: int) -> Optional[int]:
-        """Tokens of a chunk; None for a simultaneous solve."""
-        if mode == "simultaneous":
-            return None
-        if mode not in ("sequential", "chunked"):
-            raise ConfigError(f"mode={mode!r} is not supported: use simultaneous, sequential or chunked")
-        if self.training:
-            raise ConfigError(f"mode={mode!r} is an inference solve: call eval() first")
-        if self.config.parallel.sequence:
+    def _padding(
+        self, input_ids: Tensor, lengths: Optional[Sequence[int] | Tensor], attention_mask: Optional[Tensor]
+    ) -> Optional[Padding]:
+        if input_ids.ndim != 2 or input_ids.numel() == 0 or input_ids.is_floating_point():
             raise ConfigError(
-                f"mode={mode!r} passes states on and cannot shard the sequence: set parallel.sequence=false"
+                f"input_ids must be integers of shape [b, s], not {input_ids.dtype} {tuple(input_ids.shape)}"
             )
-        if mode == "sequential":
-            return 1
-        if not chunk_size or chunk_size < 1:
-            raise ConfigError(f"chunk_size={chunk_size} must be a positive number of tokens in chunked mode")
-        return min(chunk_size, tokens)
+        if lengths is None and attention_mask is None:
+            return None
+        self._refuse_training("padding")
+        if lengths is not None and attention_mask is not None:
+            raise ConfigError("lengths and attention_mask say the same: give one of them")
+        given = (len(lengths),) if lengths is not None else tuple(attention_mask.shape)
+        if given != tuple(input_ids.shape[: len(given)]):
+            name = "lengths" if lengths is not None else "attention_mask"
+            raise ConfigError(f"{name} has shape {given}, which does not fit input_ids {tuple(input_ids.shape)}")
+        if lengths is not None:
+            return Padding.of_lengths(lengths, input_ids.shape[1])
+        return Padding.of_mask(attention_mask.to(next(self.parameters()).device))
 
-    def _set_solver(self, norm: Literal["sample", "batch"], overrides: dict[str, Any]) -> None:
+    def _mode(self, mode: Mode, chunk_size: Optional[int], window_size: Optional[int], norm: str) -> SolveMode:
+        solve_mode = SolveMode.named(mode, chunk_size, window_size)
+        if mode != "simultaneous":
+            self._refuse_training(f"mode={mode!r}")
+        if mode == "window" and norm == "batch":
+            raise ConfigError("residual_norm='batch' has no meaning in window mode, which decides by token: drop it")
+        return solve_mode
+
+    def _refuse_training(self, what: str) -> None:
+        if self.training:
+            raise ConfigError(f"{what} belongs to an inference solve: call eval() first")
+        if self.config.parallel.sequence:
+            raise ConfigError(f"{what} passes states on and cannot shard the sequence: set parallel.sequence=false")
+
+    def _set_solver(self, norm: ResidualNorm, overrides: dict[str, Any]) -> None:
         if not self.config.implicit:
             if overrides:
                 raise ConfigError(f"{self.config.model.family} has no solver to override: drop {', '.join(overrides)}")
             return
+        if norm not in get_args(ResidualNorm):
+            raise ConfigError(f"residual_norm={norm!r} is unknown: use one of {', '.join(get_args(ResidualNorm))}")
+        if norm == "token" and self.config.parallel.sequence:
+            raise ConfigError("residual_norm='token' needs whole sequences on each rank: set parallel.sequence=false")
         decoder = self.model.decoder
         if self.training:
             decoder.solver = SolveSettings.training(override(self.config.solver, overrides), norm=norm)

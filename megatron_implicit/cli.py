@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from megatron_implicit import exits
 from megatron_implicit.errors import MegatronImplicitError
+
+PATIENCE_S = 10.0
+"""What another rank of a job waits before it reports an error: where all ranks have it, the launcher ends it meanwhile."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -47,5 +51,9 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _complain(message: str, code: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(PATIENCE_S)
+    place = f"rank {rank}: " if rank else ""
+    print(f"error: {place}{' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

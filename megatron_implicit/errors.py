@@ -65,6 +65,16 @@ class NonFiniteIterateError(MegatronImplicitError):
         )
 
 
+class CapacityError(MegatronImplicitError):
+    """More tokens than the cache of keys and values was made for."""
+
+    def __init__(self, *, needed: int, capacity: int, what: str = "") -> None:
+        self.needed, self.capacity = needed, capacity
+        super().__init__(
+            f"{what}{needed} tokens do not fit the cache of {capacity}: shorten the prompt or make the cache larger"
+        )
+
+
 class LeaseLostError(MegatronImplicitError):
     """Another job works on the run's folder now: this one may not write there any more."""
 
@@ -81,7 +91,16 @@ class DivergedError(MegatronImplicitError):
 
 class PipelineError(MegatronImplicitError):
     """Pipeline stages lost each other: one died, gave up, or sent what it could not; names rank, stage, microbatch and
-    evaluation."""
+    evaluation.
+
+    Args:
+        message: the line.
+        restart: whether another start of the job may succeed.
+    """
+
+    def __init__(self, message: str, *, restart: bool = True) -> None:
+        super().__init__(message)
+        self.exit_code = exits.RESTART if restart else exits.FAILURE
 
 
 class LaunchError(MegatronImplicitError):

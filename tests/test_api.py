@@ -113,7 +113,16 @@ def test_bfloat16_matrices_keep_a_float32_iterate(tmp_path: Path, one_process: N
 
 
 REFUSED_CALLS = [
-    (dict(mode="window", window_size=4), "mode='window' is not supported: use simultaneous, sequential or chunked"),
+    (dict(mode="widow", window_size=4), "mode='widow' is unknown: use simultaneous, sequential, chunked or window"),
+    (dict(mode="window"), "window_size=None must be a positive number"),
+    (dict(mode="window", window_size=4, residual_norm="batch"), "residual_norm='batch' has no meaning in window mode"),
+    (dict(mode="sequential", chunk_size=4), "chunk_size=4 is for mode='chunked'"),
+    (dict(patience=0), "inference.patience=0 must be positive"),
+    (dict(lengths=[25, 3]), r"lengths=\[25, 3\] must lie between 0 and the 24 tokens"),
+    (dict(lengths=[3]), r"lengths has shape \(1,\), which does not fit"),
+    (dict(attention_mask=torch.ones(2, 23)), r"attention_mask has shape \(2, 23\)"),
+    (dict(attention_mask=torch.tensor([[1, 0] * 12] * 2)), "attention_mask must mark one run of tokens a sample"),
+    (dict(attention_mask=torch.ones(2, 24), lengths=[3, 3]), "lengths and attention_mask say the same"),
     (dict(mode="chunked"), "chunk_size=None must be a positive number"),
     (dict(max_iter=3), "solver override 'max_iter' is unknown"),
     (dict(max_iterations=1), "inference.max_iterations=1 must be at least 2"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import enum
+import os
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_implicit.device import current_platform
+from megatron_implicit.errors import LaunchError
 
 
 class Direction(enum.IntEnum):
@@ -74,7 +76,18 @@ class Ring:
 
     def warm(self, device: torch.device) -> None:
         """Sends one element over every link, one after another: NCCL connects at the first use, and both ends must
-        come to it in the same order."""
+        come to it in the same order.
+
+        Raises:
+            LaunchError: the device would hold computation up behind transfers that wait for their other end.
+        """
+        staged = dist.get_backend(self.outgoing(Direction.FORWARD)) == "gloo"
+        device = torch.device("cpu") if staged else device
+        if device.type != "cpu" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+            raise LaunchError(
+                "CUDA_DEVICE_MAX_CONNECTIONS=1 holds computation up behind transfers between pipeline stages, until "
+                "they hang: set it to 8, or parallel.pipeline_transport=host"
+            )
         for direction in Direction:
             for sender in range(self.stages):
                 token = torch.zeros(1, device=device)

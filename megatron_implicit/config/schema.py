@@ -88,6 +88,10 @@ class InferenceConfig:
     """Damping of the inference solve; None means solver.phantom_damping, as in the reference."""
     stop: Literal["batch", "sample"] = "sample"
     """sample: no sample's output depends on its companions."""
+    patience: int = 8
+    """Window mode: evaluations a token at the front may go without progress before it is accepted as it is."""
+    warm_start: bool = False
+    """Start new tokens from the iterate of the token before them instead of z = 0 (not in simultaneous mode)."""
 
 
 @dataclass

@@ -226,6 +226,7 @@ def validate_inference(section: str, inference: InferenceConfig) -> None:
     )
     _require(inference.tolerance >= 0, f"{section}.tolerance={inference.tolerance} must not be negative")
     _require(0 < inference.damping <= 1, f"{section}.damping={inference.damping} must lie in (0, 1]")
+    _positive(section, inference, "patience")
 
 
 def _validate_data(config: Config) -> None:

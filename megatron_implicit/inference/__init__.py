@@ -1,9 +1,13 @@
-"""Using a trained model: states of a partly solved sequence, and the solves that pass them on.
+"""Using a trained model: states of a partly solved sequence, the solves that pass them on, and generation.
 
-``states`` holds what layers carry from token to token; ``forward`` evaluates a whole sequence, or chunk after chunk
-(chunk 1 is sequential mode, a chunk as long as the sequence simultaneous mode). May import ``models`` and below.
+``session`` is the state-passing primitive that all modes call: it solves the next tokens of a batch on committed
+states (``states``) and commits them, simultaneously, chunk by chunk (chunk 1 is sequential mode) or in a sliding
+``window``. ``forward`` evaluates whole sequences, ``padding`` brings batches of different lengths into one form,
+``sampling`` chooses tokens and ``generation`` goes on from prompts. May import ``models`` and below.
 """
 
-from megatron_implicit.inference.forward import ModelOutput, evaluate_in_chunks, evaluate_sequence
+from megatron_implicit.inference.forward import ModelOutput, evaluate, logits_of
+from megatron_implicit.inference.padding import Padding
+from megatron_implicit.inference.session import InferenceSession, Mode, Solved, SolveMode
 
-__all__ = ["ModelOutput", "evaluate_in_chunks", "evaluate_sequence"]
+__all__ = ["InferenceSession", "Mode", "ModelOutput", "Padding", "SolveMode", "Solved", "evaluate", "logits_of"]

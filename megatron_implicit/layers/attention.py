@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor, nn
 
 from megatron_implicit.layers.passes import current_pass
@@ -16,7 +15,7 @@ class CausalCoreAttention(nn.Module):
     """softmax(q k^T / sqrt d) v over the keys up to each query's position.
 
     In an inference solve over part of a sequence, the keys and values of the committed tokens come first; those of
-    the current tokens are proposed to the states and committed with the accepted iterate.
+    the current tokens are written behind them and count once the accepted iterate is committed.
     """
 
     def __init__(self, config: StackConfig, layer_number: int, *_: Any, **__: Any) -> None:
@@ -27,10 +26,7 @@ class CausalCoreAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Optional[Tensor] = None, **_: Any
     ) -> Tensor:
         """q [s, b, n, d], k and v [s, b, m, d], rotated already -> [s, b, n * d]. The mask is always causal."""
-        states = current_pass().states
+        states, visible = current_pass().states, None
         if states is not None:
-            committed = states.committed(self)
-            if committed is not None:
-                key, value = torch.cat((committed[0], key)), torch.cat((committed[1], value))
-            states.propose(self, (key, value))
-        return attention(query, key, value).flatten(-2)
+            key, value, visible = states.extend(self, key, value)
+        return attention(query, key, value, visible=visible).flatten(-2)

@@ -69,12 +69,18 @@ class Mamba2Mixer(Placed, nn.Module):
         bc = self.groups * self.config.mamba_state_dim
         z, xbc, dt = projected.transpose(0, 1).split([self.inner, self.inner + 2 * bc, self.heads], dim=-1)
         conv_state, ssm_state = self._committed_states()
-        effective = self.conv1d.bound()
-        xbc, conv_state = causal_conv1d(xbc, effective.weight.squeeze(1), effective.bias, state=conv_state)
+        states, effective = current_pass().states, self.conv1d.bound()
+        xbc, conv_state = causal_conv1d(
+            xbc, effective.weight.squeeze(1), effective.bias, state=conv_state,
+            lengths=states.lengths if states is not None else None,
+        )  # fmt: skip
         x, B, C = xbc.split([self.inner, bc, bc], dim=-1)
+        dt = F.softplus(dt.float() + self.dt_bias)
+        if states is not None and states.counting is not None:
+            dt = dt * states.counting.unsqueeze(-1)  # a step of no length neither decays nor enters the state
         y, ssm_state = ssd_scan(
             x.unflatten(-1, (self.heads, -1)),
-            F.softplus(dt.float() + self.dt_bias),
+            dt,
             -torch.exp(self.A_log),
             B.unflatten(-1, (self.groups, -1)),
             C.unflatten(-1, (self.groups, -1)),

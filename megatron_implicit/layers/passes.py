@@ -25,11 +25,26 @@ class EffectiveWeight(NamedTuple):
 class LayerStates(Protocol):
     """Recurrent states and caches of an inference solve, by layer module; see ``inference/states``."""
 
+    @property
+    def lengths(self) -> Optional[Tensor]:
+        """[b] tokens of this pass that count, by sample; the rest is padding at the end. None: all count."""
+
+    @property
+    def counting(self) -> Optional[Tensor]:
+        """[b, s] bool, the same by token."""
+
     def committed(self, layer: nn.Module) -> Optional[tuple[Tensor, ...]]:
         """The layer's state before the tokens of this pass; None at the start of a sequence."""
 
     def propose(self, layer: nn.Module, state: tuple[Tensor, ...]) -> None:
         """The state after the tokens of this pass, if the pass is accepted."""
+
+    def extend(self, layer: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Keys and values [t, b, m, d] of the committed tokens and, behind them, of this pass [s, b, m, d].
+
+        The third value says which of them each query sees, [b, s, t] bool; None: those up to its own position, the
+        queries being at the last s.
+        """
 
 
 @dataclass

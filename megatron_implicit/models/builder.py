@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from megatron_implicit.config import Config
-from megatron_implicit.layers.stack_config import Stage, StackConfig, stack_config
+from megatron_implicit.layers.stack_config import StackConfig, Stage, stack_config
 from megatron_implicit.layers.vocabulary import VocabularyEmbedding, VocabularyHead
 from megatron_implicit.models.decoder import FixedPointDecoder, SinglePassDecoder, StackDecoder
 from megatron_implicit.models.initialisation import initialise_parameters

@@ -25,7 +25,7 @@ from megatron_implicit.layers.linear import InjectionLinear
 from megatron_implicit.layers.norms import RMSNorm
 from megatron_implicit.layers.passes import EffectiveWeight, LayerStates, Pass
 from megatron_implicit.layers.sharding import mark_copies
-from megatron_implicit.layers.stack_config import Stage, StackConfig
+from megatron_implicit.layers.stack_config import StackConfig, Stage
 from megatron_implicit.layers.weights import weight_owners
 from megatron_implicit.models.stack_map import StackMap
 from megatron_implicit.solver import FixedPointSolve, SolveSettings, SolveTrace, drive
@@ -107,7 +107,7 @@ class FixedPointDecoder(StackDecoder):
         self.injection = InjectionLinear(config, tp_group)
         if stage.count > 1:
             mark_copies(self.injection, stage.index)
-        self._reduce = ResidualReducer(tp_group, sharded=config.sequence_parallel)
+        self.reduce = ResidualReducer(tp_group, sharded=config.sequence_parallel)
 
     def begin(self, embedding: Tensor, states: Optional[LayerStates] = None, weights: Optional[Weights] = None) -> Pass:
         """Effective weights, and u = W_inj · RMSNorm(e) + b once for all layers and evaluations."""
@@ -126,9 +126,19 @@ class FixedPointDecoder(StackDecoder):
             bound_pass.injection, _ = self.injection(x)
         return bound_pass
 
-    def start(self, embedding: Tensor, settings: SolveSettings) -> FixedPointSolve:
-        """A fresh solve from z0 = 0 for an embedding (or another tensor) [s or s/t, b, h]."""
-        return FixedPointSolve(settings, torch.zeros_like(embedding, dtype=torch.float32).detach(), self._reduce)
+    def start(
+        self, embedding: Tensor, settings: SolveSettings, *, z0: Optional[Tensor] = None,
+        counting: Optional[Tensor] = None,
+    ) -> FixedPointSolve:  # fmt: skip
+        """A fresh solve for an embedding [s or s/t, b, h].
+
+        Args:
+            z0: [s, b, h] float32; None is 0.
+            counting: [s, b] bool, False where a token is padding; None counts all.
+        """
+        if z0 is None:
+            z0 = torch.zeros_like(embedding, dtype=torch.float32).detach()
+        return FixedPointSolve(settings, z0, self.reduce, counting)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, rotary_pos_emb: Optional[Tensor] = None, **_: Any

@@ -11,7 +11,7 @@ from megatron_implicit.layers.norms import RMSNorm
 from megatron_implicit.layers.passes import Pass
 from megatron_implicit.layers.recompute import recomputed
 from megatron_implicit.layers.sharding import Placed
-from megatron_implicit.layers.stack_config import Stage, StackConfig
+from megatron_implicit.layers.stack_config import StackConfig, Stage
 
 
 class StackMap(Placed, nn.Module):

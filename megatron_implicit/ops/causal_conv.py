@@ -16,7 +16,9 @@ _KERNEL_TAPS = (2, 3, 4)
 _KERNEL_VECTOR = 8
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, state: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
+def causal_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, state: Optional[Tensor] = None, lengths: Optional[Tensor] = None
+) -> tuple[Tensor, Tensor]:
     """silu(conv(x)), where position i of a channel sees positions i - k + 1 to i of that channel.
 
     Args:
@@ -24,10 +26,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, state: Optional[Te
         weight: [c, k] taps; the last multiplies the position itself.
         bias: [c].
         state: [b, c, k - 1] the inputs before the first position, oldest first; None is zero.
+        lengths: [b] positions of each sample that count, the rest being padding at the end; None counts all.
 
     Returns:
         The output [b, s, c] in x's dtype, computed in float32 (float64 if x is), and the state after the last
-        position [b, c, k - 1], a copy in x's dtype.
+        position that counts [b, c, k - 1], a copy in x's dtype.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -41,6 +44,8 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, state: Optional[Te
             f"state {None if state is None else list(state.shape)}"
         )
     state = state if state is None else state.to(x.dtype)
+    if x.shape[1] == 1 and state is not None and lengths is None:
+        return _step(x, weight, bias, state)
     implementation = find_kernels(x.device.type).causal_conv
     if implementation == "causal_conv1d" and _kernel_takes(x, taps):
         y = _kernel_conv(x, weight, bias, state)
@@ -49,7 +54,15 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, *, state: Optional[Te
         sums = _onednn_sums if implementation == "onednn" and x.dtype != torch.float64 else _shifted_sums
         dtype = compute_dtype(x)
         y = F.silu(sums(_with_history(x, state, taps).to(dtype), weight.to(dtype), bias.to(dtype))).to(x.dtype)
-    return y, _next_state(x, state, taps)
+    return y, _next_state(x, state, taps, lengths)
+
+
+def _step(x: Tensor, weight: Tensor, bias: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One position: a weighted sum, without the set-up that a convolution costs."""
+    dtype = compute_dtype(x)
+    seen = torch.cat([state, x.transpose(1, 2)], dim=2)
+    y = torch.linalg.vecdot(seen.to(dtype), weight.to(dtype)) + bias.to(dtype)
+    return F.silu(y).to(x.dtype).unsqueeze(1), seen[:, :, 1:].clone(memory_format=torch.contiguous_format)
 
 
 def _with_history(x: Tensor, state: Optional[Tensor], taps: int) -> Tensor:
@@ -59,8 +72,12 @@ def _with_history(x: Tensor, state: Optional[Tensor], taps: int) -> Tensor:
     return torch.cat([state.transpose(1, 2), x], dim=1)
 
 
-def _next_state(x: Tensor, state: Optional[Tensor], taps: int) -> Tensor:
+def _next_state(x: Tensor, state: Optional[Tensor], taps: int, lengths: Optional[Tensor]) -> Tensor:
     """[b, c, k - 1]: a copy, so that a state in a cache does not keep the whole input alive."""
+    if lengths is not None:
+        history = _with_history(x, state, taps)
+        last = lengths[:, None] + torch.arange(taps - 1, device=x.device)  # the first of history are the old state's
+        return history.gather(1, last[:, :, None].expand(-1, -1, x.shape[2])).transpose(1, 2).contiguous()
     history = x if x.shape[1] >= taps - 1 else _with_history(x, state, taps)
     return history[:, history.shape[1] - (taps - 1) :].transpose(1, 2).clone(memory_format=torch.contiguous_format)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_implicit.comm.channel import Arrival, Channel, Header, TensorSpec
 from megatron_implicit.comm.ring import Direction
+from megatron_implicit.device import current_platform
 from megatron_implicit.errors import NonFiniteIterateError
 from megatron_implicit.schedules.compute import StageCompute
 from megatron_implicit.schedules.farewell import Farewell, Reason
@@ -90,7 +91,7 @@ class Driver:
         kind, microbatch, evaluation = self._leader.learn()
         task = Message(Kind(kind), microbatch, evaluation)
         if task.kind is Kind.ABORT:
-            raise Farewell(Reason.FAILED, self._stage, task=self._latest)
+            raise Farewell(Reason.LED, self._stage, task=self._latest)
         while not self._logic.can_begin(task):
             self._wait_for_arrival()
         return task
@@ -108,6 +109,7 @@ class Driver:
         if send is not None:
             self._send(send, outcome.tensors)
         if self._recorder is not None:
+            current_platform().synchronize()  # so that the times are those of the device
             self._recorder.record(TaskRecord(self._stage, *task, start, time.perf_counter()))
 
     # ---------------------------------------------------------------- messages

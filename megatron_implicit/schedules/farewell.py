@@ -6,6 +6,7 @@ import enum
 from typing import Optional
 
 from megatron_implicit.comm.channel import Channel, Header
+from megatron_implicit.comm.failures import is_lost_peer
 from megatron_implicit.errors import MegatronImplicitError, NonFiniteIterateError, PipelineError
 from megatron_implicit.schedules.protocol import Kind, Message, ProtocolError
 
@@ -21,6 +22,8 @@ class Reason(enum.IntEnum):
     NON_FINITE = 2
     DESYNCHRONISED = 3
     FAILED = 4
+    LED = 5
+    COLLECTIVE = 6
 
 
 _WORDS = {
@@ -31,6 +34,9 @@ _WORDS = {
     Reason.DESYNCHRONISED: "{place} got a message that it did not expect; its last: {task}. Report this, with the logs "
     "of all ranks",
     Reason.FAILED: "{place} failed in {task}: see its message",
+    Reason.LED: "{place} ends with the first of its tensor-parallel ranks, in {task}: see that rank's message",
+    Reason.COLLECTIVE: "{place} lost a rank that it computes with, in {task}. Start the job again: it goes on from its "
+    "checkpoint",
 }
 
 
@@ -67,13 +73,15 @@ class Farewell(Exception):
         """The reason behind an error; where a transfer failed, a neighbour may have told, or be gone."""
         if isinstance(error, NonFiniteIterateError):
             return cls(Reason.NON_FINITE, stage, task)
-        if isinstance(error, Farewell) and error.reason is not Reason.GONE:
+        if isinstance(error, Farewell) and error.reason not in (Reason.GONE, Reason.LED):
             return error
         told = None if isinstance(error, MegatronImplicitError) else cls._last_words(channel, stage, stages, task)
         if told is not None:
             return told
         if isinstance(error, Farewell):
             return error
+        if is_lost_peer(error):
+            return cls(Reason.COLLECTIVE, stage, task)
         farewell = cls(Reason.DESYNCHRONISED if isinstance(error, ProtocolError) else Reason.FAILED, stage, task)
         farewell.is_own_failure = True
         return farewell
@@ -99,4 +107,4 @@ class Farewell(Exception):
         task = str(self.task) if self.task is not None else "nothing yet"
         what = _WORDS[self.reason].format(place=self.place(self.about, ranks), task=task)
         here = "" if stage == self.about else f"{self.place(stage, ranks)} ends: "
-        return PipelineError(here + what)
+        return PipelineError(here + what, restart=self.reason is not Reason.NON_FINITE)

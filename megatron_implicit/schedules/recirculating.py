@@ -71,10 +71,10 @@ class RecirculatingSchedule:
         return reports
 
     def _run(self, plan: StepPlan, tape: StageTape, device: torch.device) -> list[Any]:
-        if not self._warm:
-            self._ring.warm(device)
-            self._warm = True
         ring = self._ring
+        if not self._warm:
+            ring.warm(device)
+            self._warm = True
         driver = Driver(
             StageLogic(plan, ring.stage), tape, GroupChannel(ring, device),
             Leadership(ring.tensor_ranks, len(Message._fields)), ring.ranks, ring.timeout_s, self.recorder,

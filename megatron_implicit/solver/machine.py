@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_implicit.errors import NonFiniteIterateError
-from megatron_implicit.solver.residual import Reduce, Residual, relative_residual
+from megatron_implicit.solver.residual import Reduce, relative_residual
 from megatron_implicit.solver.settings import SolveSettings
 from megatron_implicit.solver.trace import SolveTrace
 
@@ -41,7 +41,7 @@ class Decision:
     """[s, b, h] float32."""
 
 
-class _Answers(NamedTuple):
+class Answers(NamedTuple):
     """What the host learns of one evaluation."""
 
     all_improved: bool
@@ -57,28 +57,36 @@ class FixedPointSolve:
         settings: which solve.
         start: z0, [s, b, h] float32 (zeros, in training and inference alike).
         reduce: sums of squares [2, b] -> the same numbers on all ranks that share the iterate.
+        counting: [s, b] bool, which tokens belong to their sample and are not padding; None: all. A sample without
+            any has converged before it begins.
+
+    What is decided, it decides by *unit*: here a unit is a sample; ``window.WindowSolve`` decides by token.
 
     A driver asks ``first()`` and then reports every evaluation to ``update()`` until the answer is DONE.
     """
 
-    def __init__(self, settings: SolveSettings, start: Tensor, reduce: Reduce = lambda sums: sums) -> None:
+    def __init__(
+        self, settings: SolveSettings, start: Tensor, reduce: Reduce = lambda sums: sums,
+        counting: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.settings = settings
         self._reduce = reduce
+        self._counting = counting
         self._z = start
-        batch, device = start.shape[1], start.device
+        device = start.device
         self._best = start
-        self._lowest = torch.full((batch,), 1e8, device=device)
-        self._iterations = torch.zeros(batch, dtype=torch.long, device=device)
-        self._evaluations = torch.zeros(batch, dtype=torch.long, device=device)
-        self._active = torch.ones(batch, dtype=torch.bool, device=device)
-        self._converged = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._broken_at = torch.zeros(batch, dtype=torch.long, device=device)  # 0: the iterate is finite
-        self._stalled = torch.zeros(batch, dtype=torch.bool, device=device)
+        self._active = self._units(counting, start)
+        self._lowest = torch.full(self._active.shape, 1e8, device=device)
+        self._iterations = torch.zeros_like(self._active, dtype=torch.long)
+        self._evaluations = torch.zeros_like(self._iterations)
+        self._converged = ~self._active
+        self._broken_at = torch.zeros_like(self._iterations)  # 0: the iterate is finite
+        self._stalled = torch.zeros_like(self._active)
         self._milestone, self._milestone_at = self._lowest, torch.zeros_like(self._broken_at)
         # Where the host sees the numbers anyway (a CPU, or a decision that is waited for) it may skip a selection.
         self._asking_is_free = settings.reads_host or device.type == "cpu"
         self._residuals: list[Tensor] = []
-        self._last: Residual | None = None
+        self._last_by_token: Tensor | None = None
         self._count = 0
         self._phantom_count = 0
         self._step = Step.PHANTOM if settings.gradient == "unrolled" else Step.SOLVE
@@ -120,53 +128,75 @@ class FixedPointSolve:
             evaluations=self._evaluations,
             residuals=torch.stack(self._residuals, dim=1),
             converged=self._lowest < self.settings.tolerance if self.settings.accept == "best" else self._converged,
-            token_residuals=self._last.token,
+            token_residuals=self._last_by_token,
             broken_at=self._broken_at,
         )
 
-    # ---------------------------------------------------------------- the solve, without gradient
+    # ---------------------------------------------------------------- by unit: a sample
 
-    def _update_solve(self, image: Tensor) -> Decision:
-        residual = relative_residual(image, self._z, self.settings, self._reduce)
-        self._count += 1
-        self._record(residual)
-        improved = self._active & (residual.sample < self._lowest)
-        answers = self._ask(improved)
-        self._accept(image, residual.sample, improved, answers.all_improved)
-        self._advance(image, answers.all_active)
-        if answers.broken:
-            self._raise_non_finite()
+    @staticmethod
+    def _units(counting: Tensor | None, start: Tensor) -> Tensor:
+        """Which units there are to solve: [b] bool."""
+        if counting is None:
+            return torch.ones(start.shape[1], dtype=torch.bool, device=start.device)
+        return counting.any(0)
+
+    @staticmethod
+    def _spread(units: Tensor) -> Tensor:
+        """Values by unit, to meet an iterate [s, b, h]."""
+        return units[None, :, None]
+
+    def _measure(self, image: Tensor) -> Tensor:
+        """Residuals by unit."""
+        residual = relative_residual(image, self._z, self.settings, self._reduce, self._counting)
+        self._last_by_token = residual.token
+        return residual.sample
+
+    def _decide(self, answers: Answers) -> Decision:
+        """The stopping rule."""
         if self.settings.stop == "sample":
             self._active = self._active & ~self._converged
         if self._count >= self.settings.max_iterations or (answers.done and self.settings.reads_host):
             return self._leave_solve()
         return Decision(Step.SOLVE, self._z)
 
-    def _ask(self, improved: Tensor) -> _Answers:
+    # ---------------------------------------------------------------- the solve, without gradient
+
+    def _update_solve(self, image: Tensor) -> Decision:
+        residual = self._measure(image)
+        self._count += 1
+        self._record(residual)
+        improved = self._active & (residual < self._lowest)
+        answers = self._ask(improved)
+        self._accept(image, residual, improved, answers.all_improved)
+        self._advance(image, answers.all_active)
+        if answers.broken:
+            self._raise_non_finite()
+        return self._decide(answers)
+
+    def _ask(self, improved: Tensor) -> Answers:
         """The one place where a solve waits for the device: all questions of an evaluation at once."""
         if not self._asking_is_free:
-            return _Answers(False, False, False, False)
+            return Answers(False, False, False, False)
         waiting = self._active & ~self._converged if self.settings.stop == "sample" else ~self._converged
         questions = (improved.all(), self._active.all(), self._broken_at.any(), ~waiting.any())
-        return _Answers(*torch.stack(questions).tolist())
+        return Answers(*torch.stack(questions).tolist())
 
-    def _record(self, residual: Residual) -> None:
-        sample = residual.sample
-        self._last = residual
-        self._residuals.append(torch.where(self._active, sample, float("nan")))
-        broken = self._active & ~torch.isfinite(sample) & (self._broken_at == 0)
+    def _record(self, residual: Tensor) -> None:
+        self._residuals.append(torch.where(self._active, residual, float("nan")))
+        broken = self._active & ~torch.isfinite(residual) & (self._broken_at == 0)
         self._broken_at = torch.where(broken, self._count, self._broken_at)
         self._evaluations += self._active
-        self._converged = torch.where(self._active, sample < self.settings.tolerance, self._converged)
+        self._converged = torch.where(self._active, residual < self.settings.tolerance, self._converged)
 
-    def _accept(self, image: Tensor, sample: Tensor, improved: Tensor, all_improved: bool) -> None:
+    def _accept(self, image: Tensor, residual: Tensor, improved: Tensor, all_improved: bool) -> None:
         """Keeps each sample's lowest-residual image (training); in inference the last iterate counts."""
         if self.settings.accept == "last":
-            self._iterations = torch.where(self._active, self._count, self._iterations)
+            self._iterations = torch.where(self._active, self._evaluations, self._iterations)
             return
-        self._lowest = torch.where(improved, sample, self._lowest)
+        self._lowest = torch.where(improved, residual, self._lowest)
         self._iterations = torch.where(improved, self._count, self._iterations)
-        self._best = image if all_improved else torch.where(improved[None, :, None], image, self._best)
+        self._best = image if all_improved else torch.where(self._spread(improved), image, self._best)
 
     def _advance(self, image: Tensor, all_active: bool) -> None:
         """z <- damping * F(z) + (1 - damping) * z; frozen samples stay."""
@@ -176,12 +206,12 @@ class FixedPointSolve:
             self._milestone = torch.where(progressed, self._lowest, self._milestone)
             self._milestone_at = torch.where(progressed, self._count, self._milestone_at)
             self._stalled |= self._count - self._milestone_at >= STAGNATION_PATIENCE
-            damping = torch.where(self._stalled, self.settings.fallback_damping, damping)[None, :, None]
+            damping = self._spread(torch.where(self._stalled, self.settings.fallback_damping, damping))
             proposal = damping * image + (1 - damping) * self._z
         else:
             proposal = image if damping == 1.0 else damping * image + (1 - damping) * self._z
         if self.settings.stop == "sample" and not all_active:
-            proposal = torch.where(self._active[None, :, None], proposal, self._z)
+            proposal = torch.where(self._spread(self._active), proposal, self._z)
         self._z = proposal
 
     # ---------------------------------------------------------------- after the solve

@@ -9,6 +9,8 @@ from megatron_implicit.config import InferenceConfig, SolverConfig
 from megatron_implicit.config.validate import validate_inference, validate_solver
 from megatron_implicit.errors import ConfigError
 
+ResidualNorm = Literal["sample", "batch", "token"]
+
 
 @dataclass(frozen=True)
 class SolveSettings:
@@ -29,8 +31,9 @@ class SolveSettings:
     """Residual ||F(z) - z|| divided by ||F(z)|| (training) or by ||z|| (inference)."""
     epsilon: float
     """Added to that divisor: 1e-9 in training, 1e-6 in inference, as in the reference."""
-    norm: Literal["sample", "batch"]
-    """One residual a sample, or the reference's one residual for the whole batch."""
+    norm: ResidualNorm
+    """One residual a sample over all its tokens, the reference's one for the whole batch, or that of a sample's most
+    restless token (which needs every rank to hold the whole sequence)."""
     accept: Literal["best", "last"]
     """Go on from each sample's lowest-residual image (training), or from the last iterate (inference)."""
     gradient: Literal["phantom", "unrolled", "none"]
@@ -40,6 +43,10 @@ class SolveSettings:
     """Passes with gradient of ``gradient=phantom``."""
     phantom_damping: float
     """Damping of the passes with gradient."""
+    patience: int = 8
+    """Window solves: evaluations a token at the front may go without progress before it is accepted as it is."""
+    warm_start: bool = False
+    """Solves of part of a sequence: new tokens start from the iterate of the token before them instead of z0 = 0."""
 
     @property
     def reads_host(self) -> bool:
@@ -47,7 +54,7 @@ class SolveSettings:
         return self.tolerance > 0
 
     @classmethod
-    def training(cls, solver: SolverConfig, *, norm: Literal["sample", "batch"] = "sample") -> "SolveSettings":
+    def training(cls, solver: SolverConfig, *, norm: ResidualNorm = "sample") -> "SolveSettings":
         """The solve of a training forward pass."""
         return cls(
             max_iterations=solver.max_iterations,
@@ -65,7 +72,7 @@ class SolveSettings:
         )
 
     @classmethod
-    def inference(cls, inference: InferenceConfig, *, norm: Literal["sample", "batch"] = "sample") -> "SolveSettings":
+    def inference(cls, inference: InferenceConfig, *, norm: ResidualNorm = "sample") -> "SolveSettings":
         """The solve of an evaluation or generation: max_iterations counts the output pass, as the reference does."""
         return cls(
             max_iterations=inference.max_iterations - 1,
@@ -80,6 +87,8 @@ class SolveSettings:
             gradient="none",
             phantom_steps=0,
             phantom_damping=1.0,
+            patience=inference.patience,
+            warm_start=inference.warm_start,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ class SolveTrace:
         """Residual of the accepted evaluation, shaped as ``iterations``."""
         index = (self.iterations - 1).clamp(0, self.residuals.shape[-1] - 1).unsqueeze(-1).long()
         return self.residuals.gather(-1, index).squeeze(-1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "SolveTrace":
+        """The trace with another order of samples or tokens, which ``function`` gives every table."""
+        return SolveTrace(
+            *(function(table) for table in (self.iterations, self.evaluations, self.residuals, self.converged))
+        )
 
     def token_quantiles(self) -> dict[str, float]:
         """Median, 90%, 99% and largest residual of the tokens this rank holds, at the last evaluation."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from megatron_implicit.checkpoint.random_state import random_state, restore_random_state
 from megatron_implicit.comm.agreement import largest
+from megatron_implicit.comm.failures import is_lost_peer
 from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.comm.ring import ring_of_layout
 from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch
-from megatron_implicit.errors import DivergedError, MegatronImplicitError, NonFiniteIterateError
+from megatron_implicit.errors import DivergedError, LaunchError, MegatronImplicitError, NonFiniteIterateError
 from megatron_implicit.schedules import Limits
 from megatron_implicit.schedules.recirculating import RecirculatingSchedule
 from megatron_implicit.solver import SolveTrace
@@ -155,6 +156,13 @@ class StepRunner:
             )
         except NonFiniteIterateError as error:
             raise error.at(step) from None
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise LaunchError(
+                f"step {step}: a rank that this one computes with is gone ({str(error).splitlines()[0]}): see the "
+                "messages of the others, and start the job again: it goes on from its checkpoint"
+            ) from error
         losses, traces = [loss for loss, _ in reports], [trace for _, trace in reports]
         return self._agreed(step, losses, traces, device)
 
