@@ -68,7 +68,7 @@ def test_a_run_resumes_on_two_ranks(runs: Runs, layout: str) -> None:
         assert held_out == pytest.approx(expected[2], rel=1e-5)
     for step, metrics in runs.metrics("whole").items():
         for key in ("iterations_max", "evaluations_mean", "residual_mean", "unconverged_fraction"):
-            assert runs.metrics(name)[step].get(key) == pytest.approx(metrics.get(key), rel=1e-5), key
+            assert runs.metrics(name)[step].get(key) == pytest.approx(metrics.get(key), rel=1e-3), key
 
 
 def test_a_finished_run_has_nothing_left_to_do(runs: Runs) -> None:
