@@ -24,7 +24,7 @@ from megatron_implicit.training.health import Action, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.step import StepResult, StepRunner
-from megatron_implicit.training.validation import HeldOutLoss
+from megatron_implicit.training.validation import HeldOutLoss, measure_loss
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,10 @@ class Trainer:
     def record_initial_validation(self, loss: HeldOutLoss) -> None:
         """Keeps the untrained model's held-out loss, the record of step 0."""
         self.initial_validation = loss
+
+    def measure_held_out(self) -> HeldOutLoss:
+        """The held-out loss as the model stands; every rank must call it."""
+        return measure_loss(self.model, self.data.validation_batches(), self.device, self._runner.forward_backward)
 
     def event(self, kind: str, message: str) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""
