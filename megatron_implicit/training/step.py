@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_implicit.checkpoint.random_state import random_state, restore_random_state
-from megatron_implicit.comm.agreement import largest
+from megatron_implicit.comm.agreement import control_group, largest
 from megatron_implicit.comm.failures import is_lost_peer
 from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.comm.ring import ring_of_layout
 from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch
-from megatron_implicit.errors import DivergedError, LaunchError, MegatronImplicitError, NonFiniteIterateError
+from megatron_implicit.errors import DivergedError, MachineError, MegatronImplicitError, NonFiniteIterateError
 from megatron_implicit.schedules import Limits
 from megatron_implicit.schedules.recirculating import RecirculatingSchedule
 from megatron_implicit.solver import SolveTrace
@@ -83,15 +83,17 @@ class StepRunner:
         health: judges every step; None takes a new one.
         on_gradients: called with the step's number once its gradients are there, before they are judged.
         report: called with the step's number and every judgement that found something.
+        alive: told of every microbatch that begins.
     """
 
     def __init__(
         self, config: Config, parts: TrainingParts, health: Optional[StepHealth] = None,
         on_gradients: Callable[[int], None] = lambda step: None,
         report: Callable[[int, Verdict], None] = lambda step, verdict: None,
+        alive: Callable[[str], None] = lambda where: None,
     ) -> None:  # fmt: skip
         self._config, self._parts, self._health = config, parts, health or StepHealth(config.health)
-        self._on_gradients, self._report = on_gradients, report
+        self._on_gradients, self._report, self._alive = on_gradients, report, alive
         transformer = parts.model.module.config
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = parts.optimizer.scale_loss
@@ -140,8 +142,10 @@ class StepRunner:
         parts.optimizer.zero_grad()
 
         def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+            number = next(numbers)
+            self._alive(f"step {step}, microbatch {number}")
             batch = {name: value.to(device) for name, value in next(iterator).items()}
-            losses = _token_losses(model, batch, next(numbers))
+            losses = _token_losses(model, batch, number)
             return losses, lambda output: _mean_loss(output, batch["loss_mask"], parts.model.module.decoder.trace)
 
         try:
@@ -159,7 +163,7 @@ class StepRunner:
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise
-            raise LaunchError(
+            raise MachineError(
                 f"step {step}: a rank that this one computes with is gone ({str(error).splitlines()[0]}): see the "
                 "messages of the others, and start the job again: it goes on from its checkpoint"
             ) from error
@@ -180,14 +184,18 @@ class StepRunner:
         return Measured(loss, traces, _broken_solve(step, traces) if replicas_broken else None)
 
     def _judge(self, measured: Measured, repeats: int) -> Verdict:
-        """The judgement of all ranks: the most severe of any; a model that is lost can only stop."""
-        broken = str(measured.broken) if measured.broken else None
+        """The judgement of all ranks: that of the one that finds the most; a model that is lost can only stop."""
+        broken = str(measured.broken) if isinstance(measured.broken, NonFiniteIterateError) else None
         verdict = self._health.judge(measured.loss, measured.grad_norm, measured.statistics, broken, repeats)
-        action = Action(largest(verdict.action))
-        if action in (Action.SKIP, Action.RETRY) and largest(not self._parameters_are_finite()):
+        if not largest(verdict.severity):
+            return verdict
+        verdicts: list[Verdict] = [verdict] * dist.get_world_size()
+        dist.all_gather_object(verdicts, verdict, group=control_group())
+        verdict = max(verdicts, key=lambda other: other.severity)
+        if verdict.action in (Action.SKIP, Action.RETRY) and largest(not self._parameters_are_finite()):
             lost = Finding("nonfinite", "parameters are not finite, so that no step can be good")
             return Verdict(Action.STOP, (*verdict.findings, lost))
-        return Verdict(action, verdict.findings)
+        return verdict
 
     def _parameters_are_finite(self) -> bool:
         return all(bool(parameter.isfinite().all()) for parameter in self._parts.model.parameters())

@@ -40,7 +40,7 @@ class HeldOutLoss:
 @torch.no_grad()
 def measure_loss(
     model: nn.Module, batches: Iterable[Batch], device: torch.device,
-    forward_backward: Optional[Callable[..., list[Any]]] = None,
+    forward_backward: Optional[Callable[..., list[Any]]] = None, alive: Callable[[str], None] = lambda where: None,
 ) -> HeldOutLoss:  # fmt: skip
     """Evaluates this replica's batches and averages over replicas; every rank must call it.
 
@@ -49,11 +49,13 @@ def measure_loss(
         batches: this replica's share, finite and equally large.
         device: where the model is.
         forward_backward: the schedule, of which the forward half is used; None takes Megatron-Core's.
+        alive: told of every batch that begins.
     """
     was_training, batches, decoder = model.training, list(batches), model.decoder
     model.eval()
 
     def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        alive("a batch of the validation")
         batch = {name: value.to(device) for name, value in next(iterator).items()}
         losses = model(batch["tokens"], None, None, labels=batch["labels"])
         return losses, lambda output: (output.mean(), _sums(output, batch["loss_mask"], decoder.trace))
