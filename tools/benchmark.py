@@ -1,4 +1,4 @@
-"""Measures this machine and prints JSON: ``python tools/benchmark.py train-step``, ``data`` or ``checkpoint``."""
+"""Measures this machine and prints JSON: ``tools/benchmark.py`` train-step, pipeline, data or checkpoint."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ replay it with the median time of every sort of task; print JSON.
 
     python tools/benchmark.py pipeline                         4 stages, 64 microbatches, the schedule's default limits
     python tools/benchmark.py pipeline --trace trace.json      also write the timelines for ui.perfetto.dev
+    python tools/benchmark.py pipeline --simulate              no run: the bubble by stages and limits, by the simulator
 """
 DATA_DESCRIPTION = """Measure how fast text and code become datasets, with one worker and with two; prints JSON.
 
@@ -131,7 +132,14 @@ def _measure_pipeline(arguments: list[str]) -> int:
     parser.add_argument("--solving", type=int, metavar="W", help="microbatches solving at once (default: 2 a stage)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of the free phase (default: 0.05)")
     parser.add_argument("--trace", metavar="FILE", help="write the timelines as a Chrome trace")
+    parser.add_argument("--simulate", action="store_true", help="print the simulator's table instead")
+    parser.add_argument("--head", type=float, default=0.0, help="of --simulate: head over stack, forward (default: 0)")
     options = parser.parse_args(arguments)
+    if options.simulate:
+        from megatron_implicit.planning.bubbles import bubble_table
+
+        print(json.dumps(list(bubble_table(options.microbatches, options.head)), indent=1))
+        return 0
     if options.stages < 2:
         parser.error(f"--stages {options.stages}: a pipeline has at least 2")
     if "RANK" not in os.environ:

@@ -64,10 +64,11 @@ class Timing:
 
     @property
     def layer(self) -> float:
-        """A forward pass: its products, its weights read once, and every byte it would keep written and read."""
+        """A forward pass: its products, its weights read once, every byte it would keep written and read, overhead."""
         flops = self.flops.stack / self.config.model.num_layers
         weights = layer_parameters(self.config, self.layout.tensor).stored_bytes(element_bytes(self.config))
-        return self.product(flops) + self.traffic(weights + 2 * self.token.layer * self.tokens)
+        moved = self.traffic(weights + 2 * self.token.layer * self.tokens)
+        return self.product(flops) + moved + self.cluster.assumed.layer_overhead
 
     @property
     def layer_collectives(self) -> float:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Iterator, Optional
 
 import torch
@@ -27,7 +27,8 @@ from megatron_implicit.planning.cluster import Assumptions, Cluster
 from megatron_implicit.planning.evaluations import Evaluations
 from megatron_implicit.planning.layouts import Layout
 from megatron_implicit.planning.plan import Planner
-from megatron_implicit.schedules import Limits, TaskRecord
+from megatron_implicit.planning.timing import Timing
+from megatron_implicit.schedules import Kind, Limits, Message, TaskRecord
 from megatron_implicit.schedules.costs import Link, LinkCosts, MeasuredCosts
 from megatron_implicit.schedules.recirculating import RecirculatingSchedule, plan_step
 from megatron_implicit.schedules.simulator import replay, simulate
@@ -89,8 +90,12 @@ class PipelineBenchmark:
         self.device = current_platform().use(self.place.local_rank)
         self.link = self._measure_link()
         self.cluster = self._measure_cluster()
-        layers = self._planner([]).layers(self._layout)
-        self.config.parallel.layers_per_stage = list(layers)
+        self._build()
+        self.cluster = self._calibrated(self.cluster)
+        self.config.parallel.layers_per_stage = list(self._planner([]).layers(self._layout))
+        self._build()
+
+    def _build(self) -> None:
         parts = prepare_training(self.config, build_model(self.config).to(self.device))
         self._model = parts.model
         self._schedule: RecirculatingSchedule = forward_backward_function(self.config)
@@ -98,7 +103,7 @@ class PipelineBenchmark:
     def run(self) -> Optional[tuple[dict[str, Any], dict[str, Timeline]]]:
         """Records a step of every phase; rank 0 gets the result for JSON, and recorded and replayed timelines."""
         phases = [(phase.name, solver_of_phase(self.config.solver, phase)) for phase in self.config.curriculum]
-        recordings = [self._record(name, solver) for name, solver in phases]
+        recordings = [self._record(name, solver, self._microbatches) for name, solver in phases]
         if self.place.rank != 0:
             return None
         timelines: dict[str, Timeline] = {}
@@ -112,7 +117,7 @@ class PipelineBenchmark:
 
     # ---------------------------------------------------------------- recording
 
-    def _record(self, name: str, solver: SolverConfig) -> Recording:
+    def _record(self, name: str, solver: SolverConfig, microbatches: int) -> Recording:
         settings = SolveSettings.training(solver)
         self._model.module.decoder.solver = settings
         self._model.train()
@@ -120,11 +125,11 @@ class PipelineBenchmark:
         recorder = TaskList()
         self._schedule.recorder = recorder
         dist.barrier()
-        self._step(self._microbatches)
+        self._step(microbatches)
         self._schedule.recorder = None
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, (recorder.tasks, recorder.measured))
-        plan = plan_step(settings, len(gathered), self._microbatches, self._limits)
+        plan = plan_step(settings, len(gathered), microbatches, self._limits)
         (timeline,) = cut_into_steps(plan, (task for tasks, _ in gathered for task in tasks))
         costs = MeasuredCosts(plan, (task for _, measured in gathered for task in measured))
         return Recording(name, solver, timeline, costs)
@@ -177,8 +182,17 @@ class PipelineBenchmark:
         return Cluster(
             nodes=1, devices=self.place.world_size, device=current_platform().name, peak=peak, memory_bytes=1e18,
             memory_bandwidth=bandwidth, inside=1e18, between=1e18, latency_inside=self.link,
-            latency_between=self.link, assumed=Assumptions(1.0, 1.0, 1.0, 0.0, 0.0),
+            latency_between=self.link, assumed=Assumptions(1.0, 1.0, 1.0, decision=0.0),
         )  # fmt: skip
+
+    def _calibrated(self, cluster: Cluster) -> Cluster:
+        """With a layer's overhead as a short step shows it: what its products and traffic do not explain."""
+        solver = solver_of_phase(self.config.solver, self.config.curriculum[0])
+        costs = self._record("calibration", solver, WARM_UP).costs
+        layer = costs.seconds(0, Message(Kind.SOLVE, 0, 1)) / self.config.parallel.layers_per_stage[0]
+        explained = Timing(self.config, self._layout, cluster).layer
+        assumed = replace(cluster.assumed, layer_overhead=max(0.0, layer - explained))
+        return replace(cluster, assumed=assumed)
 
     # ---------------------------------------------------------------- what became of it
 
@@ -243,10 +257,11 @@ def _forward_step(batches: Iterator[torch.Tensor], model: Any) -> tuple[torch.Te
 
 
 def _median_seconds(function: Any, repeats: int = 15) -> float:
+    clock = time.thread_time if current_platform().device_type == "cpu" else time.perf_counter
     times = []
     for _ in range(repeats):
-        began = time.perf_counter()
+        began = clock()
         function()
         current_platform().synchronize()
-        times.append(time.perf_counter() - began)
+        times.append(clock() - began)
     return statistics.median(times)

@@ -109,6 +109,10 @@ def test_the_configurations_own_layout() -> None:
     planner = _planner()
     layout = layout_of(planner.config, planner.cluster)
     assert (layout.tensor, layout.pipeline, layout.data, layout.micro_batch_size) == (2, 1, 16, 2)
+    staged = Layout(2, 4, 4, 2, True, "layer", Limits.default(4, 12))
+    config = _planner("implicit_mamba2", "1.3b", *staged.arguments((13, 13, 13, 9))).config
+    assert layout_of(config, planner.cluster) == staged
+    assert config.parallel.layers_per_stage == [13, 13, 13, 9]
     with pytest.raises(ConfigError, match="multiple"):
         layout_of(planner.config, Cluster.of_device("H200", "bf16", nodes=1, devices=3, between=1e9))
 
