@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import datetime
 import queue
 import threading
 from typing import Any, NamedTuple, Optional, Protocol, Sequence
@@ -24,6 +25,10 @@ from megatron_implicit.comm.ring import Direction, Ring
 
 HEADERS_KEPT = 16
 """Headers whose handles are kept: a header is received at once, so older ones have arrived."""
+
+AS_LONG_AS_IT_TAKES = datetime.timedelta(days=30)
+"""A direction may be quiet for a whole step (an evaluation sends nothing backwards): whoever waits for anything at all
+has a timeout, the thread that listens has none. A neighbour that dies ends its receive at once."""
 
 
 class Header(NamedTuple):
@@ -129,7 +134,8 @@ class GroupChannel:
 
     def received(self, direction: Direction, microbatch: int) -> None:
         sent = self._sent[direction]
-        self._settle(direction, max((place for place, entry in enumerate(sent, 1) if entry[0] == microbatch), default=0))
+        places = (place for place, entry in enumerate(sent, 1) if entry[0] == microbatch)
+        self._settle(direction, max(places, default=0))
 
     def close(self, farewell: Header) -> None:
         for direction in Direction:
@@ -138,7 +144,9 @@ class GroupChannel:
             self._settle(direction, len(self._sent[direction]))
         self._settle_headers(keep=0)
         for thread in self._threads:
-            thread.join()
+            thread.join(self._ring.timeout_s)
+            if thread.is_alive():
+                raise TimeoutError("a neighbouring stage has not ended the step within the timeout")
 
     def abandon(self, farewell: Header) -> None:
         with contextlib.suppress(RuntimeError):  # a neighbour may be gone
@@ -175,7 +183,8 @@ class GroupChannel:
         try:
             while True:
                 buffer = torch.empty(len(Header._fields), dtype=torch.int64)
-                dist.recv(buffer, sender, group=self._ring.headers, tag=int(direction))
+                receive = dist.irecv(buffer, sender, group=self._ring.headers, tag=int(direction))
+                receive.wait(AS_LONG_AS_IT_TAKES)
                 header = Header(*buffer.tolist())
                 if header.last:
                     return

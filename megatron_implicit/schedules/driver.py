@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from typing import Any, NoReturn, Optional, Protocol
+from typing import Any, Callable, NoReturn, Optional, Protocol
 
 from torch import Tensor
 
@@ -45,15 +45,16 @@ class Driver:
         ranks: global ranks by stage, for messages.
         timeout_s: seconds without a message after which the others are given up.
         recorder: gets every task.
+        alive: told of every task that begins.
     """
 
     def __init__(
         self, logic: StageLogic, compute: StageCompute, channel: Channel, leader: Leader, ranks: tuple[int, ...],
-        timeout_s: float, recorder: Optional[Recorder] = None,
+        timeout_s: float, recorder: Optional[Recorder] = None, alive: Callable[[str], None] = lambda where: None,
     ) -> None:  # fmt: skip
         self._logic, self._compute, self._channel, self._leader = logic, compute, channel, leader
         self._plan, self._stage, self._ranks, self._timeout_s = logic.plan, logic.stage, ranks, timeout_s
-        self._recorder = recorder
+        self._recorder, self._alive = recorder, alive
         self._payloads: dict[Message, list[Tensor]] = {}
         self._sent: dict[Direction, int] = defaultdict(int)
         self._arrived: dict[Direction, int] = defaultdict(int)
@@ -98,6 +99,7 @@ class Driver:
 
     def _run_task(self, task: Message) -> None:
         self._latest = task
+        self._alive(str(task))
         start = time.perf_counter()
         self._logic.begin(task)
         if self._logic.is_first and self._plan.admits(task):

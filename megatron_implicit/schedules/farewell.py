@@ -80,6 +80,8 @@ class Farewell(Exception):
             return told
         if isinstance(error, Farewell):
             return error
+        if isinstance(error, TimeoutError):
+            return cls(Reason.SILENT, stage, task)
         if is_lost_peer(error):
             return cls(Reason.COLLECTIVE, stage, task)
         farewell = cls(Reason.DESYNCHRONISED if isinstance(error, ProtocolError) else Reason.FAILED, stage, task)

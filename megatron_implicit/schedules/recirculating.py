@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterator, Optional
+from typing import Any, Callable, Iterator, Optional
 
 import torch
 from torch import nn
@@ -35,10 +35,11 @@ class RecirculatingSchedule:
     Args:
         ring: the pipeline's groups.
         limits: how much may be in flight.
+        alive: told of every task that begins.
     """
 
-    def __init__(self, ring: Ring, limits: Limits) -> None:
-        self._ring, self._limits = ring, limits
+    def __init__(self, ring: Ring, limits: Limits, alive: Callable[[str], None] = lambda where: None) -> None:
+        self._ring, self._limits, self._alive = ring, limits, alive
         self.recorder: Optional[Recorder] = None
         """Gets the tasks of this stage from the next step on."""
         self._warm = False
@@ -78,5 +79,6 @@ class RecirculatingSchedule:
         driver = Driver(
             StageLogic(plan, ring.stage), tape, GroupChannel(ring, device),
             Leadership(ring.tensor_ranks, len(Message._fields)), ring.ranks, ring.timeout_s, self.recorder,
+            self._alive,
         )  # fmt: skip
         return driver.run()

@@ -65,13 +65,20 @@ class StepResult:
     """Whether the update was left out, for the step's health."""
 
 
-def forward_backward_function(config: Config) -> Callable[..., list[Any]]:
-    """The schedule of the configured layout; every process must call it, in the same order as other collectives."""
+def forward_backward_function(
+    config: Config, alive: Callable[[str], None] = lambda where: None
+) -> Callable[..., list[Any]]:
+    """The schedule of the configured layout; every process must call it, in the same order as other collectives.
+
+    Args:
+        config: resolved.
+        alive: told of every task that a stage of the recirculating schedule begins.
+    """
     parallel = config.parallel
     if not config.implicit or parallel.pipeline == 1:
         return get_forward_backward_func()
     ring = ring_of_layout(parallel.timeout_minutes, host_payloads=parallel.pipeline_transport == "host")
-    return RecirculatingSchedule(ring, Limits.default(ring.stages, parallel.microbatches_in_flight))
+    return RecirculatingSchedule(ring, Limits.default(ring.stages, parallel.microbatches_in_flight), alive)
 
 
 class StepRunner:
@@ -97,7 +104,7 @@ class StepRunner:
         transformer = parts.model.module.config
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = parts.optimizer.scale_loss
-        self.forward_backward = forward_backward_function(config)
+        self.forward_backward = forward_backward_function(config, alive)
         """Megatron-Core's interface; also for evaluations."""
         self._microbatches = config.train.global_batch_size // (
             config.train.micro_batch_size * parallel_state.get_data_parallel_world_size()

@@ -85,7 +85,7 @@ RUNS = [
 @pytest.mark.parametrize("family, name", RUNS)
 def test_training_is_the_same_on_stages(pool, one_process: None, family: str, name: str) -> None:
     case, expected = CASES[name], one(family)
-    assert expected.first.grad_norms[0] > 2 * pipeline_config(family).optimizer.clip_grad_norm  # clipping is active
+    assert expected.first.grad_norms[0] > 1.5 * pipeline_config(family).optimizer.clip_grad_norm  # clipping is active
     for run in pool(case.world).run(train, family, case.layout):
         check_first_step(run.first, expected.first, case.layout)
         assert run.rest.iterations == expected.rest.iterations

@@ -35,7 +35,8 @@ def test_two_stages_write_what_one_process_writes(runs: Runs, family: str) -> No
         for name in SAME:
             assert metrics[step][name] == expected[step][name], (step, name)
         for name in CLOSE:
-            assert metrics[step][name] == pytest.approx(expected[step][name], rel=1e-4), (step, name)
+            same = expected[step][name] and pytest.approx(expected[step][name], rel=1e-4)  # null in explicit models
+            assert metrics[step][name] == same, (step, name)
     for step in (4, 8):
         assert metrics[step]["validation_loss"] == pytest.approx(expected[step]["validation_loss"], rel=1e-5)
 
@@ -111,4 +112,6 @@ def test_a_stage_killed_in_its_solve_ends_all_ranks_with_the_message(runs: Runs,
 def test_a_non_finite_iterate_ends_both_stages_and_is_named(runs: Runs) -> None:
     job = runs.start("broken", "--parallel.pipeline", "2", "--debug.inject", "nonfinite_iterate@6:1", processes=2)
     assert job.code != exits.DONE
-    assert "step 6" in job.output and "microbatch 0" in job.output and "is not finite" in job.output
+    assert any(
+        "pipeline stage 1 (rank 1) found a non-finite iterate in microbatch 0, evaluation 1" in line for line in job.errors
+    ), job.output

@@ -15,7 +15,6 @@ import threading
 import time
 from typing import Optional, Sequence
 
-import torch
 from torch import Tensor
 
 from megatron_implicit.comm.channel import Arrival, Header, TensorSpec

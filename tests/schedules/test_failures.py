@@ -18,7 +18,6 @@ from megatron_implicit.errors import NonFiniteIterateError, PipelineError
 from megatron_implicit.schedules import Kind, Limits, Outcome, StageLogic, StepPlan
 from megatron_implicit.schedules.driver import Driver
 from megatron_implicit.schedules.tape import StageTape
-from megatron_implicit.solver import SolveSettings
 from tests.distributed.harness import DistributedError, run_distributed
 from tests.schedules.runs import run_on_threads, thread_errors
 from tests.schedules.toy import Problem, ToyStage
@@ -137,3 +136,13 @@ def test_a_killed_stage_ends_the_others_at_once(lost: int) -> None:
         assert f"pipeline stage {stage} (rank {stage}) ends: pipeline stage {lost} (rank {lost}) is gone" in last
         assert "microbatch" in last and "evaluation" in last
         assert float(last.split("Error: ")[1].split()[0]) < 20, last
+
+
+@pytest.mark.acceptance
+def test_a_stage_that_hangs_ends_the_others_within_the_timeout() -> None:
+    with pytest.raises(DistributedError) as failure:
+        run_distributed(lose_a_stage, 3, 1, signal.SIGSTOP, 8.0, timeout=60)
+    for stage in (0, 2):
+        last = [line for line in failure.value.errors[stage].splitlines() if "PipelineError: " in line][-1]
+        assert "heard nothing from the others within the timeout" in last and "microbatch" in last
+        assert float(last.split("Error: ")[1].split()[0]) < 25, last

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
-from megatron_implicit.errors import MegatronImplicitError
 from tests.schedules.runs import random_schedules, run_on_threads
 from tests.schedules.toy import Problem, without_schedule
 

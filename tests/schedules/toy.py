@@ -1,7 +1,7 @@
-"""A small fixed-point model cut into stages, run by one process or by the schedule, with the same sums in the same order.
+"""A small fixed-point model cut into stages, run by one process or by the schedule: the same sums in the same order.
 
-F has norms, tanh and a mixing of tokens, weights differ from problem to problem, and microbatches differ in scale, so that
-solves take from a few evaluations to all of them.
+F has norms, tanh and a mixing of tokens, weights differ from problem to problem, and microbatches differ in scale, so
+that solves take from a few evaluations to all of them.
 """
 
 from __future__ import annotations
