@@ -129,7 +129,7 @@ def _measure_pipeline(arguments: list[str]) -> int:
     parser.add_argument("--vocabulary", type=int, default=4096, metavar="N", help="entries (default: 4096)")
     parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens (default: 128)")
     parser.add_argument("--microbatches", type=int, default=64, metavar="N", help="of a step (default: 64)")
-    parser.add_argument("--solving", type=int, metavar="W", help="microbatches solving at once (default: 2 a stage)")
+    parser.add_argument("--solving", type=int, metavar="W", help="microbatches solving at once (default: 2P)")
     parser.add_argument("--tolerance", type=float, default=0.05, help="of the free phase (default: 0.05)")
     parser.add_argument("--trace", metavar="FILE", help="write the timelines as a Chrome trace")
     parser.add_argument("--simulate", action="store_true", help="print the simulator's table instead")

@@ -71,11 +71,9 @@ def _phase_dict(cost: PhaseCost) -> dict[str, Any]:
 
 def _headline(config: Config, cluster: Cluster) -> str:
     model, train = config.model, config.train
-    return (
-        f"{model.family} {model.size}, {train.precision}, {train.tokens / 1e9:,.1f}B tokens in {train.steps:,} steps of "
-        f"{train.global_batch_size} x {config.data.sequence_length}, on {cluster.nodes} x {cluster.devices} "
-        f"{cluster.device}"
-    )
+    run = f"{model.family} {model.size}, {train.precision}, {train.tokens / 1e9:,.1f}B tokens in {train.steps:,} steps"
+    batch = f"{train.global_batch_size} x {config.data.sequence_length}"
+    return f"{run} of {batch}, on {cluster.nodes} x {cluster.devices} {cluster.device}"
 
 
 def _layout_table(planner: Planner, plans: list[Plan]) -> Table:
