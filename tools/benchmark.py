@@ -17,7 +17,9 @@ DESCRIPTION = """Measure this machine and print JSON.
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
     python tools/benchmark.py pipeline --help                  the pipeline's bubble, by replay of a recorded step
+    python tools/benchmark.py telemetry                        what reporting to every sink costs a step
     python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
+    python tools/benchmark.py convert --help                   checkpoint conversion: time and memory
     python tools/benchmark.py checkpoint --help                what a save costs training, waited for and in the background
 """
 CHECKPOINT_DESCRIPTION = """Measure how long a save of model and optimizer holds up training, when it is waited for and
@@ -38,6 +40,11 @@ DATA_DESCRIPTION = """Measure how fast text and code become datasets, with one w
     python tools/benchmark.py data                             with the GPT-NeoX tokenizer, downloaded once
     python tools/benchmark.py data --tokenizer data/tokenizer.model
 """
+CONVERT_DESCRIPTION = """Convert a made-up model from reference to megatron and back; time and peak memory as JSON.
+
+    python tools/benchmark.py convert                          the 1.3B implicit Mamba2, 17 GB of disk
+    python tools/benchmark.py convert --family implicit_llama --size 130m
+"""
 CORPUS = Path(__file__).resolve().parent.parent / "launch" / "corpus"
 
 
@@ -47,10 +54,12 @@ def main() -> int:
         return _measure_data(sys.argv[2:])
     if sys.argv[1:2] == ["pipeline"]:
         return _measure_pipeline(sys.argv[2:])
+    if sys.argv[1:2] == ["convert"]:
+        return _measure_conversion(sys.argv[2:])
     if sys.argv[1:2] == ["checkpoint"]:
         return _measure_checkpoints(sys.argv[2:])
     parser = CommandParser(DESCRIPTION)
-    parser.add_argument("benchmark", choices=["train-step"])
+    parser.add_argument("benchmark", choices=["train-step", "telemetry"])
     parser.add_argument("--family", choices=["implicit_mamba2", "implicit_llama"], default="implicit_mamba2")
     parser.add_argument("--width", type=int, default=256, help="model width (default: 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the stack (default: 4)")
@@ -67,9 +76,11 @@ def main() -> int:
     prepare_megatron()
     from megatron_implicit.config import config_from_dict
     from megatron_implicit.training.benchmark import TrainStepBenchmark
+    from megatron_implicit.training.telemetry_benchmark import TelemetryBenchmark
 
     config = config_from_dict(_configuration(arguments))
-    result = TrainStepBenchmark(config, arguments.evaluations, arguments.phantom_steps).run(arguments.repeats)
+    benchmark = {"train-step": TrainStepBenchmark, "telemetry": TelemetryBenchmark}[arguments.benchmark]
+    result = benchmark(config, arguments.evaluations, arguments.phantom_steps).run(arguments.repeats)
     print(json.dumps(result, indent=1))
     return 0
 
@@ -88,6 +99,30 @@ def _measure_data(arguments: list[str]) -> int:
 
     tokenizer = load_tokenizer(options.tokenizer or fetch_neox_tokenizer())
     result = DataBenchmark(tokenizer, find_sources([str(CORPUS)]), options.megabytes).run(options.repeats)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _measure_conversion(arguments: list[str]) -> int:
+    import tempfile
+
+    families = [f"{kind}_{stack}" for kind in ("implicit", "explicit") for stack in ("mamba2", "llama")]
+    parser = CommandParser(CONVERT_DESCRIPTION)
+    parser.add_argument("--family", choices=families, default=families[0])
+    parser.add_argument("--size", choices=["130m", "370m", "760m", "1.3b"], default="1.3b")
+    parser.add_argument("--folder", metavar="PATH", help="where there is room (default: the temporary folder)")
+    options = parser.parse_args(arguments)
+
+    from megatron_implicit.device import prepare_megatron
+
+    prepare_megatron()
+    from megatron_implicit.config import config_from_dict
+    from megatron_implicit.conversion.benchmark import ConversionBenchmark
+
+    config = config_from_dict({"model": {"family": options.family, "size": options.size}, "train": {"steps": 1}})
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=options.folder) as folder:
+        command = [str(Path(__file__).parent / "convert_checkpoint.py")]
+        result = ConversionBenchmark(config, Path(folder), command).run()
     print(json.dumps(result, indent=1))
     return 0
 

@@ -99,8 +99,9 @@ def test_the_search_is_exact_and_sorted() -> None:
 
 
 def test_memory_decides_what_is_recomputed_and_what_fits() -> None:
-    tight = best_plans(_planner("implicit_llama", "1.3b", "--model.num_layers", "96", memory_bytes=24e9), 1).plans[0]
-    assert tight.memory.total <= 0.9 * 24e9
+    deep = ("--model.num_layers", "96", "--train.global_batch_size", "16")
+    tight = best_plans(_planner("implicit_llama", "1.3b", *deep, nodes=1, memory_bytes=24e9), 1).plans[0]
+    assert tight.memory.total <= 0.9 * 24e9 and tight.layout.recompute != "none"
     with pytest.raises(ConfigError, match="no layout of implicit_llama 1.3b fits"):
         best_plans(_planner("implicit_llama", "1.3b", memory_bytes=1e9), 1)
 
