@@ -19,7 +19,6 @@ from typing import Any, Optional
 from megatron_implicit.config import TelemetryConfig
 from megatron_implicit.telemetry.catalogue import RANK_METRICS, RUN_METRICS
 from megatron_implicit.telemetry.sinks.base import Identity, Sink
-from megatron_implicit.telemetry.sinks.exporter import Exporter
 from megatron_implicit.telemetry.sinks.targets import Target
 
 DISK_EVERY_S = 10.0
@@ -34,7 +33,7 @@ class PrometheusSink(Sink):
     def __init__(self, config: TelemetryConfig, identity: Identity) -> None:
         self._identity = identity
         self._folder = _node_folder(identity)
-        self._exporter: Optional[Exporter] = None
+        self._exporter: Any = None
         self._port = config.prometheus_port
         self._target = Target(Path(config.targets_dir), identity)
         self._values: dict[str, float] = {}
@@ -74,6 +73,8 @@ class PrometheusSink(Sink):
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start_exporter(self) -> None:
+        from megatron_implicit.telemetry.sinks.exporter import Exporter  # prometheus_client, only where it is used
+
         self._exporter = Exporter(self._folder, self._port)
         self._port = self._exporter.port
         self._target.register(self._port)
