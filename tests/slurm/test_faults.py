@@ -125,6 +125,19 @@ def test_a_real_time_limit(cluster: Cluster, runs: SubmittedRuns, tmp_path: Path
     assert runs.redone("limited") == [0] and runs.curve("limited") == runs.curve("whole")
 
 
+def test_a_step_whose_slurmstepd_died_is_ended_when_its_ranks_have_ended(cluster: Cluster, runs: SubmittedRuns) -> None:
+    """srun would wait for ever."""
+    with runs.cluster_file.open("a") as file:
+        file.write("RANKS_GRACE=10\n")
+    [job] = runs.submit("orphaned")
+    wait_until(lambda: runs.last_step("orphaned") >= 3, 240, "orphaned")
+    rank = cluster.processes(job, ranks=True)[-1]
+    os.kill(int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1]), signal.SIGKILL)
+    assert cluster.wait(job, 400) == ("COMPLETED", "0:0"), runs.log("orphaned")
+    assert "srun has not noticed: ending the step" in runs.log("orphaned")
+    assert runs.curve("orphaned") == runs.curve("whole")
+
+
 def test_a_job_that_breaks_before_every_checkpoint_is_given_up(cluster: Cluster, runs: SubmittedRuns) -> None:
     [job] = runs.submit("hopeless", "--debug.inject", "crash@2")
     assert cluster.wait(job, 400)[0] == "FAILED"
