@@ -37,7 +37,7 @@ def find_tokenizer(folder: Path, data: DataConfig, given: Optional[str] = None) 
         return open_tokenizer(data)
     except (DataError, OSError):
         place = data.tokenizer or data.path
-        raise DataError(f"no tokenizer in {folder} or with the data at {place}: name its file with --tokenizer") from None
+        raise DataError(f"no tokenizer in {folder} or with the data at {place}: name one with --tokenizer") from None
 
 
 class TextStream:
