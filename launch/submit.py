@@ -109,19 +109,19 @@ def _single(options: argparse.Namespace, overrides: list[str], cluster: Cluster,
     if options.bounded and options.branch:
         raise ConfigError("--bounded and --branch are different runs: choose one")
     config_file = find_config(options.preset, ROOT)
-    name, extra, remarks = config_file.stem, [], []
+    name, extra, remarks, done = config_file.stem, [], [], 0
     if options.bounded:
         name, extra = f"{name}_bounded", bounded_only(config_file)
     elif options.branch:
         branch = Branch.parse(options.branch, runs_folder)
         extra, checkpoint = branch.arguments(config_file)
         name = f"{name}_branch{100 * branch.fraction:g}"
-        remarks = [f"branches off {checkpoint}"]
+        remarks, done = [f"branches off {checkpoint}"], int(checkpoint.name.partition("_")[2])
     run = plan_run(config_file, runs_folder / name, [*extra, *overrides], data=cluster.data, repository=ROOT)
     nodes = options.nodes or NODES.get(run.config.model.size, 1)
     validate_world(run.config, nodes * cluster.ranks)
     folder = run.folder
-    comments = [f"run {folder}", *describe(run.config, cluster, nodes), *remarks]
+    comments = [f"run {folder}", *describe(run.config, cluster, nodes, done / run.config.train.steps), *remarks]
     return _submission(options, cluster, folder, [run], nodes, comments, f"--output={folder}/logs/slurm.out")
 
 
@@ -139,7 +139,7 @@ def _sweep(options: argparse.Namespace, overrides: list[str], cluster: Cluster, 
     ]
     for run in runs:
         validate_world(run.config, nodes * cluster.ranks)
-    comments = [f"{len(runs)} runs in {folder}, {sweep.at_once} at once", *describe(runs[0].config, cluster, nodes)]
+    comments = [f"{len(runs)} runs in {folder}, {sweep.at_once} at once", "the first:", *describe(runs[0].config, cluster, nodes)]
     options_ = f"--array=0-{len(runs) - 1}%{sweep.at_once}", f"--output={folder}/logs/%a.out"
     return _submission(options, cluster, folder, runs, nodes, comments, *options_)
 

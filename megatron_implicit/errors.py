@@ -29,12 +29,18 @@ class CheckpointError(MegatronImplicitError):
 
 
 class NonFiniteIterateError(MegatronImplicitError):
-    """The fixed-point iteration produced NaN or infinity; names evaluation and samples, and once the trainer knows
-    them, step and microbatch."""
+    """The fixed-point iteration produced NaN or infinity; names evaluation and samples, and where they are known step,
+    pipeline stage and microbatch."""
 
-    def __init__(self, *, evaluation: int, samples: list[int], step: int | None = None, microbatch: int | None = None):
-        self.evaluation, self.samples, self.step, self.microbatch = evaluation, samples, step, microbatch
-        place = "" if step is None else f"step {step}, microbatch {microbatch}, "
+    def __init__(
+        self, *, evaluation: int, samples: list[int], step: int | None = None, microbatch: int | None = None,
+        stage: str | None = None,
+    ) -> None:  # fmt: skip
+        self.evaluation, self.samples, self.step, self.microbatch, self.stage = (
+            evaluation, samples, step, microbatch, stage,
+        )  # fmt: skip
+        known = {"step": step, "": stage, "microbatch": microbatch}
+        place = "".join(f"{name} {value}, ".lstrip() for name, value in known.items() if value is not None)
         super().__init__(
             f"{place}evaluation {evaluation}: the fixed-point iterate of sample {', '.join(map(str, samples))} is not "
             "finite; lower optimizer.learning_rate or solver.damping, or resume from an earlier checkpoint"
@@ -46,9 +52,17 @@ class NonFiniteIterateError(MegatronImplicitError):
         first = int(broken_at[broken_at > 0].min())
         return cls(evaluation=first, samples=(broken_at == first).nonzero().flatten().tolist())
 
-    def at(self, step: int, microbatch: int) -> "NonFiniteIterateError":
-        """The same error with the step and microbatch it happened in."""
-        return NonFiniteIterateError(evaluation=self.evaluation, samples=self.samples, step=step, microbatch=microbatch)
+    def at(
+        self, step: int | None = None, microbatch: int | None = None, stage: str | None = None
+    ) -> "NonFiniteIterateError":
+        """The same error with the step, microbatch and pipeline stage it happened in; None keeps what is known."""
+        return NonFiniteIterateError(
+            evaluation=self.evaluation,
+            samples=self.samples,
+            step=self.step if step is None else step,
+            microbatch=self.microbatch if microbatch is None else microbatch,
+            stage=self.stage if stage is None else stage,
+        )
 
 
 class CapacityError(MegatronImplicitError):
@@ -73,6 +87,20 @@ class DesyncError(MegatronImplicitError):
 
 class DivergedError(MegatronImplicitError):
     """The loss or the gradient is no longer finite."""
+
+
+class PipelineError(MegatronImplicitError):
+    """Pipeline stages lost each other: one died, gave up, or sent what it could not; names rank, stage, microbatch and
+    evaluation.
+
+    Args:
+        message: the line.
+        restart: whether another start of the job may succeed.
+    """
+
+    def __init__(self, message: str, *, restart: bool = True) -> None:
+        super().__init__(message)
+        self.exit_code = exits.RESTART if restart else exits.FAILURE
 
 
 class LaunchError(MegatronImplicitError):

@@ -26,6 +26,7 @@ from megatron_implicit.conversion.reference import (  # noqa: E402
     load_reference_weights,
 )
 from megatron_implicit.models import build_model  # noqa: E402
+from megatron_implicit.solver import SolveTrace  # noqa: E402
 
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES = ("implicit_mamba2", "implicit_llama", "explicit_mamba2", "explicit_llama")
@@ -103,22 +104,30 @@ def run_training_case(family: str, case: str, *, tensor_size: int = 1, sequence:
     """A training forward and backward pass against the goldens: logits, loss, every gradient, counts."""
     lm = golden_model(family, tensor=tensor_size, sequence=sequence).train()
     if case == "nonconv":
-        _scale_gains(lm, float(arrays(f"{family}_out")["nonconv/g_scale"]))
+        scale_gains(lm, float(arrays(f"{family}_out")["nonconv/g_scale"]))
     golden = arrays(family)
     out = lm(torch.from_numpy(golden["input_ids"]), **training_overrides(family, case))
     loss = cross_entropy(out.logits, torch.from_numpy(golden["labels"]))
     loss.backward()
     sum_sequence_parallel_gradients(lm.model)
+    gradients = gather_reference(lm.model, lambda parameter: parameter.grad)
+    return compare_training_case(family, case, out.logits, float(loss.detach()), gradients, out.trace)
+
+
+def compare_training_case(
+    family: str, case: str, logits: torch.Tensor, loss: float, gradients: dict[str, torch.Tensor], trace: SolveTrace
+) -> CaseResult:
+    """How far a forward and backward pass is from the goldens; gradients under reference keys."""
     result = CaseResult(
-        logits=float((out.logits - tensor(family, f"{case}/logits")).abs().max()),
-        loss=abs(float(loss.detach()) - float(tensor(family, f"{case}/loss"))),
+        logits=float((logits - tensor(family, f"{case}/logits")).abs().max()),
+        loss=abs(loss - float(tensor(family, f"{case}/loss"))),
     )
-    _compare_gradients(result, family, case, gather_reference(lm.model, lambda parameter: parameter.grad))
+    _compare_gradients(result, family, case, gradients)
     if family in IMPLICIT and case != "pretrain":
-        result.iterations = out.trace.iterations.tolist()
-        result.evaluations = int(out.trace.evaluations.max())
+        result.iterations = trace.iterations.tolist()
+        result.evaluations = int(trace.evaluations.max())
         expected = tensor(family, f"{case}/rel_trace")
-        result.residuals = float((out.trace.residuals - expected).abs().max())
+        result.residuals = float((trace.residuals - expected).abs().max())
     return result
 
 
@@ -130,10 +139,11 @@ def sum_sequence_parallel_gradients(model: torch.nn.Module) -> None:
             dist.all_reduce(parameter.grad, group=group)
 
 
-def _scale_gains(lm: PretrainedModel, factor: float) -> None:
+def scale_gains(model: torch.nn.Module, factor: float) -> None:
+    """Scales the gains of the projections that the nonconv case scales."""
     scaled = ("linear_qkv", "linear_fc1", "in_proj")
     with torch.no_grad():
-        for name, parameter in lm.named_parameters():
+        for name, parameter in model.named_parameters():
             if name.endswith("weight_g") and any(module in name for module in scaled):
                 parameter.mul_(factor)
 
@@ -156,9 +166,14 @@ def run_inference_case(family: str, case: str, *, tensor_size: int = 1) -> dict[
     lm = golden_model(family, tensor=tensor_size).eval()
     ids = torch.from_numpy(arrays(family)["input_ids"])
     out = lm(ids, mode="simultaneous" if case == "eval" else "sequential", residual_norm="batch")
+    return compare_inference_case(family, case, out.logits, out.trace)
+
+
+def compare_inference_case(family: str, case: str, logits: torch.Tensor, trace: SolveTrace) -> dict[str, Any]:
+    """How far a forward pass is from the goldens, and its step counts."""
     return {
-        "logits": float((out.logits - tensor(family, f"{case}/logits")).abs().max()),
-        "iterations": out.trace.iterations.tolist(),
-        "evaluations": out.trace.evaluations.tolist(),
-        "residuals": out.trace.residuals,
+        "logits": float((logits - tensor(family, f"{case}/logits")).abs().max()),
+        "iterations": trace.iterations.tolist(),
+        "evaluations": trace.evaluations.tolist(),
+        "residuals": trace.residuals,
     }

@@ -18,5 +18,10 @@ if ! bash tests/ops/install_triton_check.sh "$python"; then
     echo "the Triton cross-check will be skipped: its packages could not be installed" >&2
 fi
 
+# A private Slurm on this machine; without it the tests in tests/slurm are skipped.
+if ! bash tests/slurm/install_slurm.sh; then
+    echo "the Slurm tests will be skipped: slurmctld, slurmd, slurm-client and munge could not be installed" >&2
+fi
+
 export OMP_NUM_THREADS=1
 exec "$python" -m pytest --durations=15 ${arguments[@]+"${arguments[@]}"}

@@ -56,6 +56,8 @@ class Trace:
     """Of every sample of the global batch, in order."""
     evaluations: list[list[int]] = field(default_factory=list)
     """Of every microbatch of the global batch, in order."""
+    residuals: list[list[list[float]]] = field(default_factory=list)
+    """Of every sample of the global batch, in order: every evaluation's."""
     parameters: dict[str, torch.Tensor] = field(default_factory=dict)
     """Whole tensors under reference keys, after the last step."""
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -117,10 +119,11 @@ def train(config: Config, parts: TrainingParts, tokens: torch.Tensor, first_step
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)
         trace.learning_rates.append(result.learning_rate)
-        counts = over_stages([(t.iterations.tolist(), int(t.evaluations.max())) for t in result.traces])[-1]
-        merged = _interleave(counts)
-        trace.iterations.append([count for samples, _ in merged for count in samples])
-        trace.evaluations.append([evaluations for _, evaluations in merged])
+        solves = [(t.iterations.tolist(), int(t.evaluations.max()), t.residuals.tolist()) for t in result.traces]
+        merged = _interleave(over_stages(solves)[-1])
+        trace.iterations.append([count for samples, _, _ in merged for count in samples])
+        trace.evaluations.append([evaluations for _, evaluations, _ in merged])
+        trace.residuals.append([values for _, _, samples in merged for values in samples])
     trace.parameters = {key: value.clone() for key, value in gather_reference(model).items()}
     trace.gradients = {k: v.clone() for k, v in gather_reference(model, lambda p: p.main_grad).items()}
     return trace

@@ -1,20 +1,29 @@
-"""Measures this machine and prints JSON: ``python tools/benchmark.py train-step`` or ``data``."""
+"""Measures this machine and prints JSON: ``python tools/benchmark.py train-step``, ``data`` or ``checkpoint``."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
 
 from megatron_implicit.cli import CommandParser, run_command
+from megatron_implicit.errors import ConfigError
 
 DESCRIPTION = """Measure this machine and print JSON.
 
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
     python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
+    python tools/benchmark.py checkpoint --help                what a save costs training, waited for and in the background
+"""
+CHECKPOINT_DESCRIPTION = """Measure how long a save of model and optimizer holds up training, when it is waited for and
+in the background; prints JSON. Under torchrun, at tensor parallel 1, the ranks are replicas that share the writing.
+
+    python tools/benchmark.py checkpoint                       203M parameters, 2.4 GB
+    python tools/benchmark.py checkpoint --width 2048 --layers 48 --precision bf16
 """
 DATA_DESCRIPTION = """Measure how fast text and code become datasets, with one worker and with two; prints JSON.
 
@@ -28,6 +37,8 @@ def main() -> int:
     """Runs one benchmark."""
     if sys.argv[1:2] == ["data"]:
         return _measure_data(sys.argv[2:])
+    if sys.argv[1:2] == ["checkpoint"]:
+        return _measure_checkpoints(sys.argv[2:])
     parser = CommandParser(DESCRIPTION)
     parser.add_argument("benchmark", choices=["train-step"])
     parser.add_argument("--family", choices=["implicit_mamba2", "implicit_llama"], default="implicit_mamba2")
@@ -68,6 +79,34 @@ def _measure_data(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(options.tokenizer or fetch_neox_tokenizer())
     result = DataBenchmark(tokenizer, find_sources([str(CORPUS)]), options.megabytes).run(options.repeats)
     print(json.dumps(result, indent=1))
+    return 0
+
+
+def _measure_checkpoints(arguments: list[str]) -> int:
+    parser = CommandParser(CHECKPOINT_DESCRIPTION)
+    parser.add_argument("--width", type=int, default=1024, metavar="N", help="model width (default: 1024)")
+    parser.add_argument("--layers", type=int, default=15, metavar="N", help="layers of the Llama (default: 15)")
+    parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens of a step (default: 32)")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="saves of each kind (default: 3)")
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="on the file system to measure (default: ./benchmark)")
+    options = parser.parse_args(arguments)
+    options.family, options.sequence_length = "implicit_llama", options.tokens
+    folder = options.folder or Path("benchmark")
+    if folder.exists():
+        raise ConfigError(f"--folder {folder} exists: the benchmark removes its folder, give one that is not there")
+
+    from megatron_implicit.device import prepare_megatron
+
+    prepare_megatron()
+    from megatron_implicit.config import config_from_dict
+    from megatron_implicit.training.checkpoint_benchmark import CheckpointBenchmark
+
+    solver = {"max_iterations": 2, "tolerance": 0.0, "phantom_steps": 1}
+    config = config_from_dict(_configuration(options) | {"solver": solver})
+    result = CheckpointBenchmark(config, folder).run(options.repeats)
+    if not int(os.environ.get("RANK", 0)):
+        print(json.dumps(result, indent=1))
     return 0
 
 

@@ -10,7 +10,6 @@ from typing import Any, Sequence
 
 import yaml
 
-from megatron_implicit.checkpoint.layout import CONFIG_FILE, CheckpointFolder
 from megatron_implicit.config import Config, load_config
 from megatron_implicit.errors import CheckpointError, ConfigError
 
@@ -129,6 +128,8 @@ class Branch:
         return ["--checkpoint.load", str(checkpoint), "--curriculum", json.dumps(curriculum)], checkpoint
 
     def _checkpoint(self) -> Path:
+        from megatron_implicit.checkpoint.layout import CONFIG_FILE, CheckpointFolder  # with torch: only if need be
+
         folder = CheckpointFolder(self.parent / "checkpoints")
         steps = yaml.safe_load((self.parent / CONFIG_FILE).read_text(encoding="utf-8"))["train"]["steps"]
         there = folder.steps()

@@ -137,6 +137,9 @@ class ParallelConfig:
     """Shard the iterate and the norms along the sequence over the tensor group (needs tensor > 1)."""
     microbatches_in_flight: Optional[int] = None
     """Pipeline: microbatches solving at once; None means twice the stages."""
+    pipeline_transport: Literal["device", "host"] = "device"
+    """Pipeline of an implicit model: how iterates travel. device: by the backend of the collectives; host: through host
+    memory over Gloo, where the device's point-to-point transfers hang."""
     distributed_optimizer: bool = False
     """Shard optimizer state and main parameters over the data-parallel ranks; always on with precision=bf16."""
     recompute: Literal["none", "layer", "pass"] = "none"

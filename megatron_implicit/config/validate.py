@@ -146,6 +146,7 @@ def _validate_llama(config: Config) -> None:
 def _validate_parallel(config: Config) -> None:
     parallel = config.parallel
     _positive("parallel", parallel, "tensor", "pipeline", "context", "timeout_minutes", "microbatches_in_flight")
+    _one_of("parallel", parallel, "pipeline_transport")
     _require(
         not parallel.sequence or parallel.tensor > 1,
         f"parallel.sequence=true needs parallel.tensor > 1, not {parallel.tensor}: drop it or raise parallel.tensor",

@@ -11,10 +11,13 @@ decides what enters. Several microbatches circulate at once, each with as many e
 
 ``protocol`` what travels, in which order gradients are added, and how much may be in flight; ``logic`` what a stage
 does next, as a pure function of the messages it got: the driver and the simulator both run it; ``compute`` what the
-driver asks of a stage's arithmetic. May import what ``models`` may, ``models``, ``telemetry`` and ``data``.
+driver asks of a stage's arithmetic; ``tape`` the answer for any model, with the autograd bookkeeping; ``model_stage``
+a stage of ours; ``driver`` the loop over a channel (``comm.channel``); ``farewell`` how all ranks end when one must;
+``recirculating`` the whole, in the place of Megatron-Core's forward-backward function. May import what ``models`` may,
+``models``, ``telemetry`` and ``data``.
 """
 
-from megatron_implicit.schedules.compute import Outcome, StageCompute, TensorSpec
+from megatron_implicit.schedules.compute import Outcome, StageCompute
 from megatron_implicit.schedules.logic import StageLogic
 from megatron_implicit.schedules.protocol import Kind, Limits, Message, ProtocolError, StepPlan
 from megatron_implicit.schedules.recording import Recorder, TaskRecord
@@ -30,5 +33,4 @@ __all__ = [
     "StageLogic",
     "StepPlan",
     "TaskRecord",
-    "TensorSpec",
 ]

@@ -6,20 +6,13 @@ The driver passes payloads on as they are: lists of tensors whose number ``StepP
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Optional, Protocol
+from typing import Any, Optional, Protocol
 
-import torch
 from torch import Tensor
 
+from megatron_implicit.comm.channel import TensorSpec
 from megatron_implicit.schedules.protocol import Message
 from megatron_implicit.solver import Step
-
-
-class TensorSpec(NamedTuple):
-    """Shape and dtype of a tensor that travels."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)

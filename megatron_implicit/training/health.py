@@ -49,6 +49,11 @@ class Verdict:
     findings: tuple[Finding, ...] = ()
 
     @property
+    def severity(self) -> int:
+        """What orders judgements: the action, then how much was found; 0 of a good step."""
+        return 100 * self.action + len(self.findings)
+
+    @property
     def text(self) -> str:
         """All findings in one line."""
         return "; ".join(finding.message for finding in self.findings)

@@ -31,12 +31,14 @@ from megatron_implicit.training.callbacks import (
     Callback,
     Checkpointing,
     Console,
+    Desync,
     Events,
     Faults,
     Interruption,
     Metrics,
     Plots,
     Validation,
+    Watchdog,
 )
 from megatron_implicit.training.data import TrainingData, open_run_tokenizer
 from megatron_implicit.training.optimizer import TrainingParts, keeping_hyperparameters, prepare_training
@@ -109,7 +111,8 @@ def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
     return [
-        Interruption(config.run), *faults, Validation(), Metrics(), Console(), Checkpointing(), Plots(), Events(),
+        Watchdog(config.health.hang_minutes), Interruption(config.run), *faults, Validation(), Metrics(), Console(),
+        Desync(), Checkpointing(), Plots(), Events(),
     ]  # fmt: skip
 
 

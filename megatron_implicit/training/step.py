@@ -1,4 +1,4 @@
-"""One optimizer step over a global batch, through Megatron-Core's forward-backward schedule."""
+"""One optimizer step over a global batch, through Megatron-Core's schedules or the recirculating one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_implicit.checkpoint.random_state import random_state, restore_random_state
-from megatron_implicit.comm.agreement import largest
+from megatron_implicit.comm.agreement import control_group, largest
+from megatron_implicit.comm.failures import is_lost_peer
 from megatron_implicit.comm.reductions import from_last_stage
+from megatron_implicit.comm.ring import ring_of_layout
 from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch
-from megatron_implicit.errors import DivergedError, MegatronImplicitError, NonFiniteIterateError
+from megatron_implicit.errors import DivergedError, MachineError, MegatronImplicitError, NonFiniteIterateError
+from megatron_implicit.schedules import Limits
+from megatron_implicit.schedules.recirculating import RecirculatingSchedule
 from megatron_implicit.solver import SolveTrace
 from megatron_implicit.training.health import Action, Finding, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
@@ -61,6 +65,22 @@ class StepResult:
     """Whether the update was left out, for the step's health."""
 
 
+def forward_backward_function(
+    config: Config, alive: Callable[[str], None] = lambda where: None
+) -> Callable[..., list[Any]]:
+    """The schedule of the configured layout; every process must call it, in the same order as other collectives.
+
+    Args:
+        config: resolved.
+        alive: told of every task that a stage of the recirculating schedule begins.
+    """
+    parallel = config.parallel
+    if not config.implicit or parallel.pipeline == 1:
+        return get_forward_backward_func()
+    ring = ring_of_layout(parallel.timeout_minutes, host_payloads=parallel.pipeline_transport == "host")
+    return RecirculatingSchedule(ring, Limits.default(ring.stages, parallel.microbatches_in_flight), alive)
+
+
 class StepRunner:
     """Runs optimizer steps of a prepared model.
 
@@ -70,18 +90,22 @@ class StepRunner:
         health: judges every step; None takes a new one.
         on_gradients: called with the step's number once its gradients are there, before they are judged.
         report: called with the step's number and every judgement that found something.
+        alive: told of every microbatch that begins.
     """
 
     def __init__(
         self, config: Config, parts: TrainingParts, health: Optional[StepHealth] = None,
         on_gradients: Callable[[int], None] = lambda step: None,
         report: Callable[[int, Verdict], None] = lambda step, verdict: None,
+        alive: Callable[[str], None] = lambda where: None,
     ) -> None:  # fmt: skip
         self._config, self._parts, self._health = config, parts, health or StepHealth(config.health)
-        self._on_gradients, self._report = on_gradients, report
+        self._on_gradients, self._report, self._alive = on_gradients, report, alive
         transformer = parts.model.module.config
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = parts.optimizer.scale_loss
+        self.forward_backward = forward_backward_function(config, alive)
+        """Megatron-Core's interface; also for evaluations."""
         self._microbatches = config.train.global_batch_size // (
             config.train.micro_batch_size * parallel_state.get_data_parallel_world_size()
         )
@@ -91,6 +115,7 @@ class StepRunner:
 
         Raises:
             NonFiniteIterateError: a solve diverged and the run is to stop; names step and microbatch.
+            PipelineError: another stage died or gave up; names ranks, microbatch and evaluation.
             DivergedError: the step is bad in another way and the run is to stop.
         """
         microbatches = list(itertools.islice(batches, self._microbatches))
@@ -118,27 +143,39 @@ class StepRunner:
         return self._finish(measured, skipped=verdict.action is Action.SKIP)
 
     def _forward_backward(self, step: int, microbatches: list[Batch], device: torch.device) -> Measured:
-        parts, traces = self._parts, []
+        parts, numbers = self._parts, itertools.count()
         parts.model.train()
         parts.model.zero_grad_buffer()
         parts.optimizer.zero_grad()
 
         def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+            number = next(numbers)
+            self._alive(f"step {step}, microbatch {number}")
             batch = {name: value.to(device) for name, value in next(iterator).items()}
-            losses = _token_losses(model, batch, step, len(traces))
-            traces.append(parts.model.module.decoder.trace)
-            return losses, lambda output: _mean_loss(output, batch["loss_mask"])
+            losses = _token_losses(model, batch, number)
+            return losses, lambda output: _mean_loss(output, batch["loss_mask"], parts.model.module.decoder.trace)
 
-        reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
-            model=parts.model,
-            num_microbatches=self._microbatches,
-            seq_length=self._config.data.sequence_length,
-            micro_batch_size=self._config.train.micro_batch_size,
-            forward_only=False,
-        )
-        return self._agreed(step, [report["loss"] for report in reports], traces, device)
+        try:
+            reports = self.forward_backward(
+                forward_step_func=forward_step,
+                data_iterator=iter(microbatches),
+                model=parts.model,
+                num_microbatches=self._microbatches,
+                seq_length=self._config.data.sequence_length,
+                micro_batch_size=self._config.train.micro_batch_size,
+                forward_only=False,
+            )
+        except NonFiniteIterateError as error:
+            raise error.at(step) from None
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            raise MachineError(
+                f"step {step}: a rank that this one computes with is gone ({str(error).splitlines()[0]}): see the "
+                "messages of the others, and start the job again: it goes on from its checkpoint"
+            ) from error
+        losses, traces = [loss for loss, _ in reports], [trace for _, trace in reports]
+        return self._agreed(step, losses, traces, device)
 
     def _agreed(self, step: int, losses: list[Tensor], traces: list[SolveTrace], device: torch.device) -> Measured:
         """The mean loss over all replicas, and whether an iterate of any is not finite, as the last pipeline stage
@@ -154,14 +191,18 @@ class StepRunner:
         return Measured(loss, traces, _broken_solve(step, traces) if replicas_broken else None)
 
     def _judge(self, measured: Measured, repeats: int) -> Verdict:
-        """The judgement of all ranks: the most severe of any; a model that is lost can only stop."""
-        broken = str(measured.broken) if measured.broken else None
+        """The judgement of all ranks: that of the one that finds the most; a model that is lost can only stop."""
+        broken = str(measured.broken) if isinstance(measured.broken, NonFiniteIterateError) else None
         verdict = self._health.judge(measured.loss, measured.grad_norm, measured.statistics, broken, repeats)
-        action = Action(largest(verdict.action))
-        if action in (Action.SKIP, Action.RETRY) and largest(not self._parameters_are_finite()):
+        if not largest(verdict.severity):
+            return verdict
+        verdicts: list[Verdict] = [verdict] * dist.get_world_size()
+        dist.all_gather_object(verdicts, verdict, group=control_group())
+        verdict = max(verdicts, key=lambda other: other.severity)
+        if verdict.action in (Action.SKIP, Action.RETRY) and largest(not self._parameters_are_finite()):
             lost = Finding("nonfinite", "parameters are not finite, so that no step can be good")
             return Verdict(Action.STOP, (*verdict.findings, lost))
-        return Verdict(action, verdict.findings)
+        return verdict
 
     def _parameters_are_finite(self) -> bool:
         return all(bool(parameter.isfinite().all()) for parameter in self._parts.model.parameters())
@@ -182,15 +223,15 @@ def _broken_solve(step: int, traces: list[SolveTrace]) -> MegatronImplicitError:
     return DivergedError(f"step {step}: the iterate of another rank is not finite: see its message")
 
 
-def _token_losses(model: Any, batch: Batch, step: int, microbatch: int) -> Tensor:
+def _token_losses(model: Any, batch: Batch, microbatch: int) -> Tensor:
     """Cross-entropy of every token, [b, s]."""
     try:
         return model(batch["tokens"], None, None, labels=batch["labels"])
     except NonFiniteIterateError as error:
-        raise error.at(step, microbatch) from None
+        raise error.at(microbatch=microbatch) from None
 
 
-def _mean_loss(losses: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def _mean_loss(losses: Tensor, mask: Tensor, trace: SolveTrace) -> tuple[Tensor, tuple[Tensor, SolveTrace]]:
     """Megatron-Core's loss function: mean over counted tokens, and what to report."""
     loss = (losses.float() * mask).sum() / mask.sum()
-    return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss in place
+    return loss, (loss.detach().clone(), trace)  # the schedule divides the loss in place

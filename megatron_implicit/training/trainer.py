@@ -24,7 +24,7 @@ from megatron_implicit.training.health import Action, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.step import StepResult, StepRunner
-from megatron_implicit.training.validation import HeldOutLoss
+from megatron_implicit.training.validation import HeldOutLoss, measure_loss
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,22 @@ class StepRecord:
     metrics: Optional[dict[str, Any]] = None
 
 
+class Progress:
+    """Where the training thread has got to, for whoever watches it from another thread."""
+
+    def __init__(self) -> None:
+        self.alive("the start")
+
+    def alive(self, where: str) -> None:
+        """Says that something begins, and so that what was before has ended."""
+        self.where, self._since = where, time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last word."""
+        return time.monotonic() - self._since
+
+
 class Trainer:
     """Runs a session's steps.
 
@@ -71,6 +87,7 @@ class Trainer:
         self.device, self.callbacks = device, list(callbacks)
         self.folder, self.run_dir = folder, folder.path
         self.initial_validation: Optional[HeldOutLoss] = None
+        self.progress = Progress()
         self.agreed: dict[str, int] = {}
         """What the ranks agreed on during the last step, by the names of callbacks' proposals."""
         self.save_seconds = 0.0
@@ -81,7 +98,9 @@ class Trainer:
         self.health.load_state_dict(state.health)
         self._agreement = Agreement()
         self._curriculum = Curriculum(config)
-        self._runner = StepRunner(config, parts, self.health, self._after_backward, self._report_health)
+        self._runner = StepRunner(
+            config, parts, self.health, self._after_backward, self._report_health, self.progress.alive
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -134,12 +153,14 @@ class Trainer:
         if isinstance(self.model.decoder, FixedPointDecoder):
             self.model.decoder.solver = SolveSettings.training(phase.solver)
         self.health.enter_phase(phase.name)
+        self.progress.alive(f"step {step}")
         for callback in self.callbacks:
             callback.before_step(self, step)
         self._agreement.begin({n: v for callback in self.callbacks for n, v in callback.proposals(self).items()})
         began = time.perf_counter()
         result = self._runner.run(step, batches, self.device)
         self.agreed = self._agreement.end()
+        self.progress.alive(f"the callbacks after step {step}")
         seconds = time.perf_counter() - began
         train = self.config.train
         self.state.step = step
@@ -155,7 +176,7 @@ class Trainer:
         """Rank 0 says what was wrong with a step and what is done about it."""
         if dist.get_rank() == 0:
             done = {Action.ACCEPT: "the update is made"}.get(verdict.action, verdict.action.name.lower())
-            self.warn(verdict.findings[0].kind, f"step {step}: {verdict.text}: {done}")
+            self.folder.warn(verdict.findings[0].kind, f"step {step}: {verdict.text}: {done}", step)
 
     def saved_state(self) -> TrainingState:
         """The state with every callback's, for a checkpoint."""
@@ -172,6 +193,12 @@ class Trainer:
     def record_initial_validation(self, loss: HeldOutLoss) -> None:
         """Keeps the untrained model's held-out loss, the record of step 0."""
         self.initial_validation = loss
+
+    def measure_held_out(self) -> HeldOutLoss:
+        """The held-out loss as the model stands; every rank must call it."""
+        return measure_loss(
+            self.model, self.data.validation_batches(), self.device, self._runner.forward_backward, self.progress.alive
+        )
 
     def event(self, kind: str, message: str) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Optional
 
 import torch
 import torch.distributed as dist
@@ -38,24 +38,30 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def measure_loss(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> HeldOutLoss:
+def measure_loss(
+    model: nn.Module, batches: Iterable[Batch], device: torch.device,
+    forward_backward: Optional[Callable[..., list[Any]]] = None, alive: Callable[[str], None] = lambda where: None,
+) -> HeldOutLoss:  # fmt: skip
     """Evaluates this replica's batches and averages over replicas; every rank must call it.
 
     Args:
         model: as ``build_model`` returns it; left in the mode it was in.
         batches: this replica's share, finite and equally large.
         device: where the model is.
+        forward_backward: the schedule, of which the forward half is used; None takes Megatron-Core's.
+        alive: told of every batch that begins.
     """
-    was_training, batches = model.training, list(batches)
+    was_training, batches, decoder = model.training, list(batches), model.decoder
     model.eval()
 
-    def forward_step(iterator: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        alive("a batch of the validation")
         batch = {name: value.to(device) for name, value in next(iterator).items()}
         losses = model(batch["tokens"], None, None, labels=batch["labels"])
-        return losses, lambda output: (output.mean(), _sums(output, batch["loss_mask"], model.decoder.trace))
+        return losses, lambda output: (output.mean(), _sums(output, batch["loss_mask"], decoder.trace))
 
     size, length = batches[0]["tokens"].shape
-    reports = get_forward_backward_func()(
+    reports = (forward_backward or get_forward_backward_func())(
         forward_step_func=forward_step,
         data_iterator=iter(batches),
         model=model,

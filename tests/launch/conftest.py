@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,14 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
+DECIDED = (
+    "step", "tokens", "loss", "validation_loss", "grad_norm", "learning_rate", "phase", "iterations_mean",
+    "iterations_max", "evaluations_mean", "evaluations_max", "residual_mean", "residual_max", "unconverged_fraction",
+    "skipped",
+)  # fmt: skip
+"""Metrics that a resumed run repeats bit for bit."""
+
+
 @dataclass
 class Job:
     """How a job ended."""
@@ -38,6 +49,30 @@ class Job:
     output: str
     errors: list[str]
     """Lines of stderr that begin with 'error:'."""
+
+
+@dataclass
+class Ranks:
+    """The processes of a job that runs, started one a rank, with no agent around them."""
+
+    processes: "list[subprocess.Popen[str]]"
+    logs: list[Path]
+
+    def wait(self, timeout: float = 180) -> list[Job]:
+        """How each rank ended."""
+        jobs = []
+        for process, log in zip(self.processes, self.logs):
+            code = process.wait(timeout)
+            output = log.read_text(encoding="utf-8")
+            jobs.append(Job(code, output, [line for line in output.splitlines() if line.startswith("error:")]))
+        return jobs
+
+    def kill(self) -> None:
+        """Ends what still runs."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
 
 
 class Runs:
@@ -65,6 +100,49 @@ class Runs:
         done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
         errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
         return Job(done.returncode, done.stdout + done.stderr, errors)
+
+    def launch(
+        self, name: str, *arguments: str, processes: int = 1, config: bool = True,
+        environment: dict[str, str] | None = None,
+    ) -> Ranks:  # fmt: skip
+        """Starts a job's ranks, as srun does, and returns while they run."""
+        command = [sys.executable, "-W", "ignore", str(REPOSITORY / "launch" / "pretrain.py")]
+        command += ["--config", str(self.config)] if config else []
+        command += ["--run.dir", str(self.folder / name), *arguments]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        started, logs = [], []
+        for rank in range(processes):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+            if processes > 1:
+                variables |= {name: str(value) for name, value in place.items()}
+            logs.append(self.folder / f"{name}.{len(list(self.folder.glob(f'{name}.*.log')))}.log")
+            with open(logs[-1], "w", encoding="utf-8") as log:
+                started.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables))
+        return Ranks(started, logs)
+
+    def wait_for_step(self, name: str, step: int, timeout: float = 120) -> None:
+        """Until the run has written that step's metrics."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+                if max(self.metrics(name), default=-1) >= step:
+                    return
+            time.sleep(0.05)
+        raise TimeoutError(f"{name} has not reached step {step}")
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """All events of a run."""
+        lines = (self.folder / name / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def numbers(self, name: str) -> list[dict[str, Any]]:
+        """All that training decides of every step, exactly: what is left when times and memory are taken out."""
+        entries = self.metrics(name)
+        return [{key: entries[step].get(key) for key in DECIDED} for step in sorted(entries) if step]
 
     def metrics(self, name: str) -> dict[int, dict[str, Any]]:
         """The last line of each step of a run."""
@@ -113,3 +191,8 @@ def make_dataset(folder: Path, documents: list[str]) -> None:
         for text in documents:
             writer.add_document(tokenizer.encode(text))
         writer.finish([])
+
+
+def largest_shard(step_folder: Path) -> Path:
+    """The file of a checkpoint that holds most of its tensors."""
+    return max(step_folder.glob("*.distcp"), key=lambda path: path.stat().st_size)

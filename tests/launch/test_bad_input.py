@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import Runs, make_dataset
+from tests.launch.conftest import Runs, largest_shard, make_dataset
 
 
 def _copy_data(runs: Runs, tmp_path: Path) -> Path:
@@ -63,30 +63,6 @@ def test_a_checkpoint_that_is_not_there(runs: Runs, tmp_path: Path) -> None:
     _refused(runs, "holds no checkpoint", "--checkpoint.load", str(tmp_path))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_truncated_checkpoint(runs: Runs, processes: int) -> None:
-    name = f"truncated{processes}"
-    step = runs.copy("whole", name) / "checkpoints" / "step_00000008"
-    shard = max(step.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    shard.write_bytes(shard.read_bytes()[:1000])
-    before = runs.contents(name)
-    job = runs.start(name, "--parallel.tensor", str(processes), processes=processes)
-    assert job.code != 0
-    assert len(job.errors) == 1 and f"{shard.name} has 1000 bytes instead of" in job.errors[0], job.output
-    assert runs.contents(name) == before
-
-
-def test_a_flipped_bit_in_a_checkpoint(runs: Runs) -> None:
-    step = runs.copy("whole", "flipped") / "checkpoints" / "step_00000008"
-    shard = max(step.glob("*.distcp"), key=lambda path: path.stat().st_size)
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    job = runs.start("flipped")
-    assert job.code != 0
-    assert len(job.errors) == 1 and "does not match its checksum" in job.errors[0]
-
-
 def test_other_data_under_a_resumed_run(runs: Runs, tmp_path: Path) -> None:
     runs.copy("whole", "moved")
     make_dataset(tmp_path / "data", [f"Sentence {i} tells of other things.\n" * 9 for i in range(90)])
@@ -127,6 +103,17 @@ def test_a_lost_pointer_to_the_latest_checkpoint(runs: Runs) -> None:
     assert job.code == 1
     assert len(job.errors) == 1 and "holds checkpoints but no 'latest'" in job.errors[0]
     assert runs.contents("lost") == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(runs: Runs) -> None:
+    for step in (runs.copy("whole", "lost_all") / "checkpoints").glob("step_*"):
+        largest_shard(step).write_bytes(b"short")
+    before = runs.contents("lost_all")
+    job = runs.start("lost_all")
+    assert job.code == 1
+    assert len(job.errors) == 1 and "has 5 bytes instead of" in job.errors[0]
+    assert "no earlier checkpoint is whole" in job.errors[0]
+    assert runs.contents("lost_all") == before
 
 
 def test_unknown_keys_and_files(runs: Runs) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from dataclasses import dataclass
 
 import pytest
 
-from megatron_implicit.schedules import Kind, Limits, Message, StepPlan
+from megatron_implicit.schedules import Kind, Limits, Message, StageLogic, StepPlan, simulator
 from megatron_implicit.schedules.costs import Link, LinkCosts, MeasuredCosts, PartCosts, StageCosts
 from megatron_implicit.schedules.simulator import DeadlockError, replay, simulate
 from megatron_implicit.schedules.timeline import Timeline, cut_into_steps, write_trace
@@ -65,12 +66,38 @@ def test_one_microbatch_leaves_all_stages_but_one_idle() -> None:
     assert timeline.makespan == pytest.approx(4 * 4 + 4 + 4 * 2)
 
 
-def test_bubbles_of_the_bounded_phase_at_known_limits() -> None:
-    """By an independent simulator of the protocol, 64 microbatches, backward twice a forward, latency 0.05."""
+class BackwardFirst(StageLogic):
+    """The schedule without its preference of the last stage."""
+
+    def choose(self) -> Message | None:
+        solves, self._solves = self._solves, self._solves if not self.is_last else deque()
+        chosen = super().choose()
+        self._solves = solves
+        return chosen or (solves[0] if solves else None)
+
+
+def test_bubbles_that_an_independent_simulator_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 microbatches of 4+1 passes, backward twice a forward, latency 0.05, every stage with the same priorities."""
+    monkeypatch.setattr(simulator, "StageLogic", BackwardFirst)
     for stages, solving, bubble in [(2, 2, 0.095), (2, 4, 0.014), (4, 4, 0.150), (4, 16, 0.036), (8, 32, 0.066)]:
         plan = StepPlan(stages, 64, 1, Limits.default(stages, solving))
         timeline = simulate(plan, [4] * 64, PartCosts.equal(plan), LinkCosts(Link(0.05)))
         assert timeline.bubble == pytest.approx(bubble, abs=5e-4)
+
+
+def test_solves_first_on_the_last_stage_halve_the_bubble_of_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of a fifth of the stack, on a last stage with fewer layers so that all have the same work."""
+    plan = StepPlan(4, 64, 1, Limits.default(4))
+    others, last = 4 / 4 + 0.8 * 3 / 7 / 4, 4 / 4 - 0.8 * 3 / 7 * 3 / 4
+    judge = StageCosts(last, last, 2 * last, head=0.8, head_backward=1.6)
+    parts = [StageCosts(others, others, 2 * others)] * 3 + [judge]
+    bubbles = []
+    for logic in (StageLogic, BackwardFirst):
+        monkeypatch.setattr(simulator, "StageLogic", logic)
+        timeline = simulate(plan, [4] * 64, PartCosts(plan, parts), LinkCosts(Link(0.05)))
+        assert timeline.imbalance == pytest.approx(0.0, abs=1e-9)
+        bubbles.append(timeline.bubble)
+    assert bubbles[0] < 0.06 < 0.12 < bubbles[1]
 
 
 def test_a_replay_with_the_same_costs_changes_nothing() -> None:

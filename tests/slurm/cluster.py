@@ -66,12 +66,14 @@ class Cluster:
             self.run("scontrol", "update", f"jobid={job}", "starttime=now")
 
     def processes(self, job: str, *, ranks: bool = False) -> list[int]:
-        """Processes of a job; only its ranks, in their order, if asked for."""
+        """Processes of a job, without Slurm's own (slurmstepd); only its ranks, in their order, if asked for."""
         found: list[tuple[int, int]] = []
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 text = (folder / "environ").read_bytes().decode(errors="replace")
                 variables = dict(entry.partition("=")[::2] for entry in text.split("\0"))
+                if (folder / "comm").read_text().strip() == "slurmstepd":
+                    continue
                 mine = variables.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if mine and variables.get("SLURM_JOB_ID") == job:
                     rank = int(variables.get("SLURM_PROCID", 0)) if "SLURM_STEP_ID" in variables else -1

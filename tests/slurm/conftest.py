@@ -64,7 +64,8 @@ class SubmittedRuns:
 
     def log(self, name: str) -> str:
         """What the jobs of a run wrote."""
-        return (self.folder / "runs" / name / "logs" / "slurm.out").read_text()
+        path = self.folder / "runs" / name / "logs" / "slurm.out"
+        return path.read_text() if path.exists() else ""
 
     def entries(self, name: str) -> list[dict[str, Any]]:
         """All lines of a run's metrics."""
@@ -76,9 +77,18 @@ class SubmittedRuns:
         """What must be the same to the bit, by step."""
         return {entry["step"]: {key: entry.get(key) for key in EXACT} for entry in self.entries(name)}
 
-    def wait_for_step(self, name: str, step: int, timeout: float = 120) -> None:
-        """Returns when a run has done a step."""
-        wait_until(lambda: any(entry["step"] >= step for entry in self.entries(name)), timeout, f"{name}, step {step}")
+    def redone(self, name: str) -> list[int]:
+        """How many steps each attempt repeated of what the one before had done."""
+        counts, last = [], None
+        for entry in self.entries(name):
+            if last is not None and entry["attempt"] != last["attempt"]:
+                counts.append(last["step"] - entry["step"] + 1)
+            last = entry
+        return counts
+
+    def last_step(self, name: str) -> int:
+        """The newest step of the run's record; -1 without one."""
+        return max((entry["step"] for entry in self.entries(name)[-1:]), default=-1)
 
 
 def wait_until(reached: Callable[[], bool], timeout: float, what: str) -> None:

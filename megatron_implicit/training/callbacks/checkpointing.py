@@ -24,6 +24,7 @@ class Checkpointing(Callback):
         self._began = 0.0
         if dist.get_rank() == 0:
             self._folder.remove_leftovers()
+            self._prune(trainer)
 
     def proposals(self, trainer: "Trainer") -> dict[str, int]:
         """Whether a rank still writes."""
@@ -53,6 +54,7 @@ class Checkpointing(Callback):
 
     def _save(self, trainer: "Trainer") -> None:
         self._finish(trainer)
+        trainer.progress.alive(f"the beginning of checkpoint {trainer.state.step}")
         self._began = time.monotonic()
         parts = trainer.parts
         try:
@@ -67,6 +69,7 @@ class Checkpointing(Callback):
         step = self._writer.pending
         if step is None:
             return
+        trainer.progress.alive(f"the end of writing checkpoint {step}")
         try:
             folder = self._writer.finish()
         except SaveError as error:
@@ -75,12 +78,15 @@ class Checkpointing(Callback):
         self._saved_step = step
         if dist.get_rank() == 0:
             trainer.event("checkpoint", str(folder))
-            checkpoint, last = trainer.config.checkpoint, trainer.config.train.steps
-            self._folder.prune(
-                checkpoint.keep_last,
-                checkpoint.keep_every,
-                lambda step: step != last and not (checkpoint.save_every and step % checkpoint.save_every == 0),
-            )
+            self._prune(trainer)
+
+    def _prune(self, trainer: "Trainer") -> None:
+        checkpoint, last = trainer.config.checkpoint, trainer.config.train.steps
+        self._folder.prune(
+            checkpoint.keep_last,
+            checkpoint.keep_every,
+            lambda step: step != last and not (checkpoint.save_every and step % checkpoint.save_every == 0),
+        )
 
     def _failed(self, trainer: "Trainer", error: SaveError) -> None:
         if dist.get_rank() == 0:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from megatron_implicit.training.callbacks.base import Callback
-from megatron_implicit.training.validation import measure_loss
 
 if TYPE_CHECKING:
     from megatron_implicit.training.trainer import StepRecord, Trainer
@@ -16,17 +15,13 @@ class Validation(Callback):
 
     def on_start(self, trainer: "Trainer") -> None:
         if trainer.state.step == 0 and self._enabled(trainer):
-            trainer.record_initial_validation(self._measure(trainer))
+            trainer.record_initial_validation(trainer.measure_held_out())
 
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         train = trainer.config.train
         if self._enabled(trainer) and (record.step % train.validate_every == 0 or record.step == train.steps):
-            record.validation = self._measure(trainer)
+            record.validation = trainer.measure_held_out()
 
     @staticmethod
     def _enabled(trainer: "Trainer") -> bool:
         return trainer.config.train.validate_every > 0 and trainer.data.has_validation
-
-    @staticmethod
-    def _measure(trainer: "Trainer"):
-        return measure_loss(trainer.model, trainer.data.validation_batches(), trainer.device)

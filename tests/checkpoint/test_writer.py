@@ -1,0 +1,153 @@
+"""Saving in the background: the state of the moment, whole or not at all, and a full disk that costs nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterator
+
+import pytest
+import torch
+
+from megatron_implicit.checkpoint import CheckpointFolder, CheckpointWriter, SaveError, TrainingState
+from megatron_implicit.checkpoint.integrity import find_problem
+from megatron_implicit.checkpoint.store import load_training_state
+from megatron_implicit.config import Config, config_from_dict
+
+CONFIG = {
+    "model": {"family": "implicit_llama", "size": "custom", "num_layers": 2, "hidden_size": 64, "num_heads": 4,
+              "vocab_size": 512},
+    "data": {"sequence_length": 16},
+    "optimizer": {"learning_rate": 1e-2},
+    "train": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 2},
+}  # fmt: skip
+
+
+class Job:
+    """A model that trains on random tokens, on the process group there is."""
+
+    def __init__(self, config: Config) -> None:
+        from megatron_implicit.comm.groups import start_model_parallel
+        from megatron_implicit.models import build_model
+        from megatron_implicit.training.optimizer import prepare_training
+        from megatron_implicit.training.step import StepRunner
+
+        start_model_parallel(config.parallel, config.train.seed)
+        self.config = config
+        self.parts = prepare_training(config, build_model(config))
+        self.runner = StepRunner(config, self.parts)
+
+    def train(self, steps: range) -> None:
+        """Steps whose batches depend on their number alone."""
+        for step in steps:
+            tokens = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(step))
+            batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(2, 16)}
+            self.runner.run(step, iter([batch] * 2), torch.device("cpu"))
+
+    def start(self, writer: CheckpointWriter, step: int) -> None:
+        """Begins a save."""
+        writer.start(TrainingState(step=step), self.parts.model.module, self.parts.optimizer, self.parts.scheduler)
+
+    def load(self, step_folder: Path) -> None:
+        """Takes a checkpoint's state."""
+        load_training_state(
+            step_folder, self.parts.model.module, self.parts.optimizer, self.parts.scheduler, same_layout=True
+        )
+
+    def parameters(self) -> list[torch.Tensor]:
+        """A copy of all of them."""
+        return [parameter.detach().clone() for parameter in self.parts.model.parameters()]
+
+
+def train_beside_a_save(folder: Path, layout: dict) -> list[bool]:
+    """Whether a run from a checkpoint that was written while training went on ends as the run itself."""
+    config = config_from_dict(CONFIG | {"parallel": layout})
+    job = Job(config)
+    writer = CheckpointWriter(CheckpointFolder(folder), config)
+    job.train(range(1, 4))
+    job.start(writer, 3)
+    job.train(range(4, 8))  # changes every parameter and all optimizer state while they are written
+    expected = job.parameters()
+    step_folder = writer.finish()
+    assert find_problem(step_folder) is None
+    other = Job(config)
+    other.load(step_folder)
+    other.train(range(4, 8))
+    return [torch.equal(a, b) for a, b in zip(other.parameters(), expected, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "layout", [{"tensor": 2}, {"distributed_optimizer": True}], ids=["TP2", "DP2 distributed optimizer"]
+)
+def test_a_save_beside_training_holds_the_state_of_its_beginning(pool, tmp_path: Path, layout: dict) -> None:
+    for same in pool(2).run(train_beside_a_save, tmp_path, layout):
+        assert all(same)
+    sizes = {path.name[:3]: path.stat().st_size for path in tmp_path.rglob("*.distcp")}
+    assert set(sizes) == {"__0", "__1"}  # both ranks wrote
+
+
+@pytest.fixture
+def job(one_process: None) -> Job:
+    """One on this process."""
+    return Job(config_from_dict(CONFIG))
+
+
+def test_a_writer_that_is_killed_leaves_the_checkpoint_before(job: Job, tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    writer = CheckpointWriter(folder, job.config)
+    job.start(writer, 1)
+    first = writer.finish()
+    job.start(writer, 2)
+    os.kill(writer._write._process.pid, signal.SIGKILL)
+    with pytest.raises(SaveError, match="step_00000002 could not be saved .*was killed"):
+        writer.finish()
+    assert folder.latest() == first and find_problem(first) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
+    job.start(writer, 3)
+    assert writer.finish().name == "step_00000003"  # and the next one is saved as if nothing had been
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, kilobytes: int) -> Iterator[None]:
+    """A file system of its own at ``path``; the test is skipped where it may not be mounted."""
+    path.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(path)], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_disk_that_fills_up_costs_the_save_only(job: Job, tmp_path: Path, asynchronous: bool) -> None:
+    config = replace(job.config, checkpoint=replace(job.config.checkpoint, asynchronous=asynchronous))
+    writer = CheckpointWriter(CheckpointFolder(tmp_path / "elsewhere"), config)
+    job.train(range(1, 2))
+    job.start(writer, 1)
+    whole = sum(path.stat().st_size for path in writer.finish().iterdir()) // 1024
+    with small_disk(tmp_path / "disk", 2 * whole):
+        folder = CheckpointFolder(tmp_path / "disk")
+        writer = CheckpointWriter(folder, config)
+        job.start(writer, 1)
+        first = writer.finish()
+        with pytest.raises(SaveError, match="it needs .* GB and .*disk has room for"):
+            (tmp_path / "disk" / "filler").write_bytes(bytes(1024 * whole // 2))
+            job.start(writer, 2)
+        (tmp_path / "disk" / "filler").unlink()
+        job.start(writer, 3)
+        free = shutil.disk_usage(tmp_path / "disk").free
+        with contextlib.suppress(OSError):  # filled by someone else, while it is written or before it is completed
+            (tmp_path / "disk" / "filler").write_bytes(bytes(free))
+        with pytest.raises(SaveError, match="step_00000003 could not be saved .*No space left on device"):
+            writer.finish()
+        assert folder.latest() == first and find_problem(first) is None
+        assert folder.steps() == [1]
