@@ -6,6 +6,7 @@ import functools
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,16 @@ class Platform:
             return torch.cuda.max_memory_allocated()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def memory_bytes(self) -> int:
+        """Memory this process holds now: allocated on the device, or anonymous and resident on a CPU."""
+        if self.device_type == "cuda":
+            return torch.cuda.memory_allocated()
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        except OSError:  # not on Linux
+            return self.peak_memory_bytes()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
     def synchronize(self) -> None:
         """Waits for the work queued on the device."""

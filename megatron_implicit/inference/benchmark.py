@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Callable
 
 import torch
@@ -51,7 +50,7 @@ class GenerateBenchmark:
         for position in range(self.late):
             self._step(late)
             if position + 1 in (self.early, self.late):
-                memory[position + 1] = (late.states.nbytes, _resident_bytes())
+                memory[position + 1] = (late.states.nbytes, current_platform().memory_bytes())
             report(position + 1, self.late)
         early = self._session()
         for _ in range(self.early):
@@ -96,12 +95,3 @@ class GenerateBenchmark:
         platform.synchronize()
         return (time.perf_counter() - began) / evaluations
 
-
-def _resident_bytes() -> int:
-    """Memory this process holds now: on the device, or anonymous memory of a CPU process."""
-    if current_platform().device_type != "cpu":
-        return torch.cuda.memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return current_platform().peak_memory_bytes()

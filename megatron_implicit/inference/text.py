@@ -33,6 +33,8 @@ def find_tokenizer(folder: Path, data: DataConfig, given: Optional[str] = None) 
     for name in TOKENIZER_NAMES:
         if (folder / name).is_file():
             return load_tokenizer(folder / name)
+    if (folder / "config.json").is_file():  # a model folder of another format, whose data we know nothing about
+        raise DataError(f"no {' or '.join(TOKENIZER_NAMES)} in {folder}: name the model's tokenizer with --tokenizer")
     try:
         return open_tokenizer(data)
     except (DataError, OSError):
