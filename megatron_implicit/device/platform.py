@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import resource
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,6 +55,21 @@ class Platform:
         except OSError:  # not on Linux
             return self.peak_memory_bytes()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+    def time_mark(self) -> Any:
+        """This moment: on a GPU an event in the current stream, which costs microseconds and waits for nothing."""
+        if self.device_type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Seconds from one mark to another; waits until the device has passed the second."""
+        if self.device_type == "cpu":
+            return second - first
+        second.synchronize()
+        return first.elapsed_time(second) / 1e3
 
     def synchronize(self) -> None:
         """Waits for the work queued on the device."""
