@@ -16,6 +16,7 @@ DESCRIPTION = """Measure this machine and print JSON.
 
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
+    python tools/benchmark.py generate --help                  time and memory of early and late tokens
     python tools/benchmark.py pipeline --help                  the pipeline's bubble, by replay of a recorded step
     python tools/benchmark.py telemetry                        what reporting to every sink costs a step
     python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
@@ -27,6 +28,12 @@ in the background; prints JSON. Under torchrun, at tensor parallel 1, the ranks 
 
     python tools/benchmark.py checkpoint                       203M parameters, 2.4 GB
     python tools/benchmark.py checkpoint --width 2048 --layers 48 --precision bf16
+"""
+GENERATE_DESCRIPTION = """Measure whether generating costs more, the longer it goes on: median time of an evaluation and
+memory around an early and a late token; prints JSON. The model is made up.
+
+    python tools/benchmark.py generate                         Mamba2, whose state is constant: tokens 10 and 10,000
+    python tools/benchmark.py generate --family implicit_llama --late 2000
 """
 PIPELINE_DESCRIPTION = """Record a step of the recirculating schedule on one process a stage, bounded and free phase;
 replay it with the median time of every sort of task; print JSON.
@@ -56,6 +63,8 @@ def main() -> int:
         return _measure_pipeline(sys.argv[2:])
     if sys.argv[1:2] == ["convert"]:
         return _measure_conversion(sys.argv[2:])
+    if sys.argv[1:2] == ["generate"]:
+        return _measure_generation(sys.argv[2:])
     if sys.argv[1:2] == ["checkpoint"]:
         return _measure_checkpoints(sys.argv[2:])
     parser = CommandParser(DESCRIPTION)
@@ -123,6 +132,36 @@ def _measure_conversion(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="convert-", dir=options.folder) as folder:
         command = [str(Path(__file__).parent / "convert_checkpoint.py")]
         result = ConversionBenchmark(config, Path(folder), command).run()
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _measure_generation(arguments: list[str]) -> int:
+    parser = CommandParser(GENERATE_DESCRIPTION)
+    families = ["implicit_mamba2", "implicit_llama", "explicit_mamba2", "explicit_llama"]
+    parser.add_argument("--family", choices=families, default="implicit_mamba2")
+    parser.add_argument("--width", type=int, default=64, metavar="N", help="model width (default: 64)")
+    parser.add_argument("--layers", type=int, default=1, metavar="N", help="layers of the stack (default: 1)")
+    parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="passes for each token (default: 4)")
+    parser.add_argument("--early", type=int, default=10, metavar="N", help="early token (default: 10)")
+    parser.add_argument("--late", type=int, default=10000, metavar="N", help="late token (default: 10,000)")
+    parser.add_argument("--window", type=int, default=200, metavar="N", help="tokens timed at each (default: 200)")
+    options = parser.parse_args(arguments)
+    if not 0 < options.early < options.late or min(options.window, options.evaluations - 1) < 1:
+        raise ConfigError("give --early below --late, --window of at least 1 and --evaluations of at least 2")
+    options.tokens, options.sequence_length, options.precision = 32, 32, "fp32"
+
+    from megatron_implicit.device import prepare_megatron
+
+    prepare_megatron()
+    from megatron_implicit.config import config_from_dict
+    from megatron_implicit.inference.benchmark import GenerateBenchmark
+    from megatron_implicit.telemetry.progress import counted_progress
+
+    inference = {"max_iterations": options.evaluations, "tolerance": 0.0}
+    config = config_from_dict(_configuration(options) | {"inference": inference})
+    with counted_progress("generating", "tokens") as report:
+        result = GenerateBenchmark(config, options.early, options.late, options.window).run(report)
     print(json.dumps(result, indent=1))
     return 0
 
