@@ -199,8 +199,9 @@ def load_pretrained(
     """Loads a model for inference, analysis or further training.
 
     Args:
-        path: a reference Hugging Face folder (config.json with model.safetensors or pytorch_model.bin), or a
-            checkpoint of ours: a run's folder, its checkpoints/ folder, or one step's folder.
+        path: a checkpoint of ours (a run's folder, its checkpoints/ folder, or one step's folder), or a folder with
+            config.json and weights: of the paper's public implementation, a Llama or Mamba2 of transformers, an
+            exported implicit model, or a state-spaces/mamba2 folder.
         dtype: of the matrices; norms, gains and the iterate stay float32.
         device: "cpu", "cuda" or "cuda:N"; None takes the GPU if there is one.
 
@@ -220,9 +221,9 @@ def load_pretrained(
     place = place_from_environment()
     target = _target_device(device, place)
     start_process_group(place)
-    from megatron_implicit.conversion.reference import is_reference_folder
+    from megatron_implicit.conversion.formats import recognise
 
-    load = _load_reference if is_reference_folder(path) else _load_checkpoint
+    load = _load_checkpoint if recognise(path) in (None, "megatron") else _load_foreign
     with torch.random.fork_rng(devices=[]):  # building groups seeds the generators; the caller's stay as they are
         model, config = load(path, _DTYPES[dtype], torch.distributed.get_world_size())
     return PretrainedModel(model.to(target), config).eval()
@@ -258,18 +259,18 @@ def _for_this_job(config: Config, precision: str, world_size: int) -> Config:
     return config
 
 
-def _load_reference(path: Path, precision: str, world_size: int) -> tuple[nn.Module, Config]:
-    from megatron_implicit.conversion.reference import (
-        load_reference_weights,
-        read_reference_config,
-        read_reference_tensors,
-    )
+def _load_foreign(path: Path, precision: str, world_size: int) -> tuple[nn.Module, Config]:
+    """A folder of another program, one tensor in memory at a time."""
+    from megatron_implicit.conversion.formats import open_model, recognise
+    from megatron_implicit.conversion.reference import load_reference_weights
+    from megatron_implicit.conversion.stored import LazyTensors
     from megatron_implicit.models import build_model
 
-    config = _for_this_job(read_reference_config(path), precision, world_size)
+    stored = open_model(path, recognise(path))
+    config = _for_this_job(stored.config, precision, world_size)
     start_model_parallel(config.parallel)
     model = build_model(config, initialise=False)
-    load_reference_weights(model, read_reference_tensors(path), str(path))
+    load_reference_weights(model, LazyTensors(stored.tensors), str(path))
     return model, config
 
 

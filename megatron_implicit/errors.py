@@ -78,6 +78,8 @@ class CapacityError(MegatronImplicitError):
 class LeaseLostError(MegatronImplicitError):
     """Another job works on the run's folder now: this one may not write there any more."""
 
+    exit_code = exits.USAGE  # started again, it would take the folder from the job that has it
+
 
 class DesyncError(MegatronImplicitError):
     """Ranks that should hold the same parameters do not: the memory of one of them, or its arithmetic, went wrong."""

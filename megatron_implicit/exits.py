@@ -17,7 +17,8 @@ DONE = 0
 FAILURE = 1
 """An error that another start would meet again; its message says what to do."""
 USAGE = 2
-"""A configuration or command line that cannot be run."""
+"""What must not be started again as it is: a configuration or command line that cannot be run, or a run that another job
+has taken over."""
 INCOMPLETE = 3
 """Finished, but something of the input had to be left out."""
 REQUEUE = 75

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Optional, Sequence
 
 import numpy as np
 import torch
@@ -100,9 +100,15 @@ def training_overrides(family: str, case: str) -> dict[str, Any]:
     return {}
 
 
-def run_training_case(family: str, case: str, *, tensor_size: int = 1, sequence: bool = False) -> CaseResult:
-    """A training forward and backward pass against the goldens: logits, loss, every gradient, counts."""
-    lm = golden_model(family, tensor=tensor_size, sequence=sequence).train()
+def run_training_case(
+    family: str, case: str, *, tensor_size: int = 1, sequence: bool = False, lm: Optional[PretrainedModel] = None
+) -> CaseResult:
+    """A training forward and backward pass against the goldens: logits, loss, every gradient, counts.
+
+    ``lm`` is a golden model that was loaded otherwise; the case may change its parameters.
+    """
+    lm = (lm or golden_model(family, tensor=tensor_size, sequence=sequence)).train()
+    lm.zero_grad()
     if case == "nonconv":
         scale_gains(lm, float(arrays(f"{family}_out")["nonconv/g_scale"]))
     golden = arrays(family)
@@ -161,9 +167,11 @@ def _compare_gradients(result: CaseResult, family: str, case: str, gradients: di
     result.gradient_norm = abs(float(total) / float(tensor(family, f"{case}/grad_norm_total")) - 1)
 
 
-def run_inference_case(family: str, case: str, *, tensor_size: int = 1) -> dict[str, Any]:
+def run_inference_case(
+    family: str, case: str, *, tensor_size: int = 1, lm: Optional[PretrainedModel] = None
+) -> dict[str, Any]:
     """An eval or sequential forward pass with the reference's batch norm: distance and step counts."""
-    lm = golden_model(family, tensor=tensor_size).eval()
+    lm = (lm or golden_model(family, tensor=tensor_size)).eval()
     ids = torch.from_numpy(arrays(family)["input_ids"])
     out = lm(ids, mode="simultaneous" if case == "eval" else "sequential", residual_norm="batch")
     return compare_inference_case(family, case, out.logits, out.trace)

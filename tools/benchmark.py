@@ -17,6 +17,7 @@ DESCRIPTION = """Measure this machine and print JSON.
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
     python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
+    python tools/benchmark.py convert --help                   checkpoint conversion: time and memory
     python tools/benchmark.py checkpoint --help                what a save costs training, waited for and in the background
 """
 CHECKPOINT_DESCRIPTION = """Measure how long a save of model and optimizer holds up training, when it is waited for and
@@ -30,6 +31,11 @@ DATA_DESCRIPTION = """Measure how fast text and code become datasets, with one w
     python tools/benchmark.py data                             with the GPT-NeoX tokenizer, downloaded once
     python tools/benchmark.py data --tokenizer data/tokenizer.model
 """
+CONVERT_DESCRIPTION = """Convert a made-up model from reference to megatron and back; time and peak memory as JSON.
+
+    python tools/benchmark.py convert                          the 1.3B implicit Mamba2, 17 GB of disk
+    python tools/benchmark.py convert --family implicit_llama --size 130m
+"""
 CORPUS = Path(__file__).resolve().parent.parent / "launch" / "corpus"
 
 
@@ -37,6 +43,8 @@ def main() -> int:
     """Runs one benchmark."""
     if sys.argv[1:2] == ["data"]:
         return _measure_data(sys.argv[2:])
+    if sys.argv[1:2] == ["convert"]:
+        return _measure_conversion(sys.argv[2:])
     if sys.argv[1:2] == ["checkpoint"]:
         return _measure_checkpoints(sys.argv[2:])
     parser = CommandParser(DESCRIPTION)
@@ -78,6 +86,30 @@ def _measure_data(arguments: list[str]) -> int:
 
     tokenizer = load_tokenizer(options.tokenizer or fetch_neox_tokenizer())
     result = DataBenchmark(tokenizer, find_sources([str(CORPUS)]), options.megabytes).run(options.repeats)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
+def _measure_conversion(arguments: list[str]) -> int:
+    import tempfile
+
+    families = [f"{kind}_{stack}" for kind in ("implicit", "explicit") for stack in ("mamba2", "llama")]
+    parser = CommandParser(CONVERT_DESCRIPTION)
+    parser.add_argument("--family", choices=families, default=families[0])
+    parser.add_argument("--size", choices=["130m", "370m", "760m", "1.3b"], default="1.3b")
+    parser.add_argument("--folder", metavar="PATH", help="where there is room (default: the temporary folder)")
+    options = parser.parse_args(arguments)
+
+    from megatron_implicit.device import prepare_megatron
+
+    prepare_megatron()
+    from megatron_implicit.config import config_from_dict
+    from megatron_implicit.conversion.benchmark import ConversionBenchmark
+
+    config = config_from_dict({"model": {"family": options.family, "size": options.size}, "train": {"steps": 1}})
+    with tempfile.TemporaryDirectory(prefix="convert-", dir=options.folder) as folder:
+        command = [str(Path(__file__).parent / "convert_checkpoint.py")]
+        result = ConversionBenchmark(config, Path(folder), command).run()
     print(json.dumps(result, indent=1))
     return 0
 

@@ -2,8 +2,8 @@
 
 ``layout`` names folders and moves ``latest``; ``integrity`` lists and checks files; ``store`` says what a checkpoint
 holds and loads it through Megatron-Core's dist_checkpointing, on any tensor x pipeline x data layout; ``writer`` saves,
-``background`` while training goes on; ``random_state`` is every rank's own; ``fingerprint`` says which configuration
-changes would alter a resumed run. May import everything up to ``models``.
+``background`` while training goes on; ``streaming`` reads and writes single tensors without a model; ``random_state`` is
+every rank's own; ``fingerprint`` says which configuration changes would alter a resumed run. May import everything up to ``models``.
 """
 
 from megatron_implicit.checkpoint.layout import CheckpointFolder, locate_checkpoint, read_checkpoint_config

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import stat
 import warnings
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -87,10 +88,21 @@ def _child(connection: Connection, request: Any, arguments: list[Any]) -> None:
     """Life of the forked process. Signals that tell the job to end are its parent's to act on."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    _close_sockets()
     with contextlib.suppress(BrokenPipeError):  # the parent died
         connection.send(_write(request, arguments))
         connection.close()
     os._exit(0)  # without the clean-up of what the parent still uses
+
+
+def _close_sockets() -> None:
+    """Leaves the process group's connections to the parent: if it dies, its peers must see them close, and its port be
+    free, while this process still writes."""
+    for entry in Path("/proc/self/fd").glob("*"):  # where there is no /proc, nothing is closed
+        with contextlib.suppress(OSError):
+            descriptor = int(entry.name)
+            if descriptor > 2 and stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
 
 
 def _write(request: Any, arguments: list[Any]) -> Written:

@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_implicit.checkpoint.integrity import verify_manifest
 from megatron_implicit.checkpoint.random_state import random_state, restore_random_state
+from megatron_implicit.checkpoint.streaming import refuse_unsafe_pickles
 from megatron_implicit.errors import CheckpointError
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip
@@ -41,6 +42,8 @@ class TrainingState:
     """Checkpoint the run branched off."""
     callbacks: dict[str, Any] = field(default_factory=dict)
     """State of each callback, by its name."""
+    weights_only: bool = False
+    """The checkpoint came from a conversion: a run starts from its weights, with everything else new."""
     health: dict[str, Any] = field(default_factory=dict)
     """What ``StepHealth`` remembers."""
 
@@ -69,9 +72,10 @@ def load_model_weights(model: nn.Module, step_folder: Path) -> None:
     """Fills the model only.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or holds another model.
+        CheckpointError: the checkpoint is damaged, unsafe, or holds another model.
     """
     verify_manifest(step_folder)
+    refuse_unsafe_pickles(step_folder)
     _load({"model": model.sharded_state_dict(metadata=_metadata())}, step_folder)
 
 

@@ -49,7 +49,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
     embedding_init_std: float = 0.01
-    """Standard deviation of the initial token embedding."""
+    """Standard deviation of the initial token embedding, and of an untied head."""
+    tie_embeddings: bool = True
+    """Take the token embedding as the output head, as in the paper; false gives the head weights of its own."""
     dropout: float = 0.0
     """Dropout of the residual branches; implicit models refuse it, since every pass would draw another mask."""
 

@@ -5,7 +5,6 @@ Source of names and meaning: microsoft/implicit_languagemodels at 84a0bf3.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ _SECTION = re.compile(r"^(.+?)(?:\.rows)?\.sections\.(\w+)$")
 _MODULE_A_SECTION = {"self_attention.linear_qkv": "mixer.w{}", "mlp.linear_fc1": "mlp.{}"}
 _ROWS_A_SECTION = {"mixer.in_proj": ("mixer.in_proj", "mamba_in"), "mixer.conv1d": ("mixer.conv1d", "mamba_conv")}
 TIED_KEYS = ("criterion.decoder.weight", "lm_head.weight")
-"""Keys that only repeat the embedding."""
+"""Keys that only repeat the embedding of a tied model."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,8 @@ def reference_slots(model: nn.Module) -> list[Slot]:
 
 def _reference_place(name: str, model: nn.Module) -> tuple[str, Optional[slice]]:
     """(reference key, rows) of a parameter."""
+    if name == "output_layer.weight" and not model.config.tie_embeddings:
+        return "lm_head.weight", None
     if name in _DIRECT:
         return _DIRECT[name], None
     if name.startswith("decoder.injection.rows.sections."):
@@ -185,7 +186,7 @@ def gather_reference(
         whole = _gather(value(slot.parameter), slot.placement, model.decoder.tp_group)
         pieces.setdefault(slot.key, []).append((slot.rows.start if slot.rows else 0, whole))
     local = {
-        key: _reference_shape(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]))
+        key: _as_reference(key, torch.cat([t for _, t in sorted(parts, key=lambda p: p[0])]))
         for key, parts in pieces.items()
     }
     return {key: tensor for stage in reversed(over_stages(local)) for key, tensor in stage.items()}  # first copies win
@@ -202,10 +203,15 @@ def _gather(local: Tensor, placement: Optional[Placement], group: Any) -> Tensor
     return torch.cat(shards, dim=axis).narrow(axis, 0, part.logical)
 
 
-def _reference_shape(key: str, tensor: Tensor) -> Tensor:
+def _as_reference(key: str, tensor: Tensor) -> Tensor:
+    return tensor.view(reference_shape(key, tuple(tensor.shape)))
+
+
+def reference_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The reference's shape of one of our tensors: gains are vectors here and columns there."""
     if not key.endswith("weight_g"):
-        return tensor
-    return tensor.view(-1, 1, 1) if "conv1d" in key else tensor.view(-1, 1)
+        return shape
+    return (shape[0], 1, 1) if "conv1d" in key else (shape[0], 1)
 
 
 # ---------------------------------------------------------------- config.json
@@ -218,14 +224,38 @@ def config_from_reference(reference: dict[str, Any], source: str) -> Config:
         ConfigError, CheckpointError: the file lacks a field or describes a model we do not build.
     """
     try:
+        _refuse_other_models(reference, source)
         return config_from_dict(_sections_from_reference(reference))
     except KeyError as error:
         raise CheckpointError(f"{source}: config.json lacks {error.args[0]!r}") from None
 
 
+_BLOCKS = {"mamba2": "mamba2", "transformer": "llama"}
+_BUILT = (
+    ("backbone_config", "pre_norm", True), ("backbone_config", "rms_norm", True),
+    ("backbone_config", "mlp_type", "llama_mlp"), ("deq_params.norm", "norm_type", "weight_norm"),
+    ("deq_params.norm", "norm_clip", False), ("deq_params.norm", "norm_no_scale", False), ("", "head_bias", False),
+)  # fmt: skip
+"""Section, key and the one value of it that we build."""
+
+
+def _refuse_other_models(reference: dict[str, Any], source: str) -> None:
+    for section, key, value in _BUILT:
+        place = reference
+        for name in filter(None, section.split(".")):
+            place = place.get(name) or {}
+        if place.get(key, value) != value:
+            raise CheckpointError(
+                f"{source}: {f'{section}.{key}'.lstrip('.')}={place[key]} is not supported: only {value} is"
+            )
+    block = reference["backbone_config"]["block_type"]
+    if block not in _BLOCKS:
+        raise CheckpointError(f"{source}: block_type={block} is not supported: only {', '.join(_BLOCKS)} are")
+
+
 def _sections_from_reference(reference: dict[str, Any]) -> dict[str, Any]:
     backbone = reference["backbone_config"]
-    architecture = "mamba2" if backbone["block_type"] == "mamba2" else "llama"
+    architecture = _BLOCKS[backbone["block_type"]]
     width, block = backbone["d_model"], backbone.get("block_cfg", {})
     model: dict[str, Any] = {
         "family": f"{reference['backbone_type']}_{architecture}",
@@ -234,6 +264,7 @@ def _sections_from_reference(reference: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": width,
         "vocab_size": _padded_vocabulary(reference),
         "embedding_init_std": reference.get("emb_init_std", 0.01),
+        "tie_embeddings": reference.get("tie_embeddings", True),
     }
     if architecture == "mamba2":
         model |= {
@@ -286,37 +317,3 @@ def is_reference_folder(path: Path) -> bool:
     """Whether a folder holds a reference config.json."""
     config = path / "config.json"
     return config.is_file() and "backbone_config" in config.read_text(encoding="utf-8", errors="replace")
-
-
-def read_reference_config(folder: Path) -> Config:
-    """The configuration of a reference folder.
-
-    Raises:
-        CheckpointError: config.json is not valid JSON or lacks a field.
-    """
-    try:
-        reference = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise CheckpointError(f"{folder / 'config.json'} is not valid JSON: copy the folder again") from None
-    return config_from_reference(reference, str(folder))
-
-
-def read_reference_tensors(folder: Path) -> dict[str, Tensor]:
-    """The weights of a reference folder, safetensors first, a pickle only with weights_only.
-
-    Raises:
-        CheckpointError: no weights, or a damaged or unsafe file.
-    """
-    safe, pickled = folder / "model.safetensors", folder / "pytorch_model.bin"
-    try:
-        if safe.is_file():
-            from safetensors.torch import load_file
-
-            return load_file(safe)
-        if pickled.is_file():
-            return torch.load(pickled, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise their own kinds
-        file = safe if safe.is_file() else pickled
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{file} cannot be read ({reason}): it is damaged or unsafe; copy it again") from None
-    raise CheckpointError(f"{folder} holds neither model.safetensors nor pytorch_model.bin: check the path")

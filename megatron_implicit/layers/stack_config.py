@@ -47,7 +47,9 @@ class StackConfig(TransformerConfig):
     vocab_size: int = 0
     """Entries of the vocabulary as checkpoints store it."""
     embedding_init_std: float = 0.01
-    """Standard deviation of the initial token embedding."""
+    """Standard deviation of the initial token embedding, and of an untied head."""
+    tie_embeddings: bool = True
+    """The output head is the token embedding."""
     rope_base: float = 500000.0
     """Base period of the rotary embedding."""
     conv_width: int = 4
@@ -104,6 +106,7 @@ def stack_config(config: Config) -> StackConfig:
         implicit=config.implicit,
         vocab_size=model.vocab_size,
         embedding_init_std=model.embedding_init_std,
+        tie_embeddings=model.tie_embeddings,
         recompute=parallel.recompute,
         **_FIXED,
     )

@@ -1,4 +1,4 @@
-"""Token embedding and tied output head over a vocabulary that need not divide by the tensor group.
+"""Token embedding and output head, tied or not, over a vocabulary that need not divide by the tensor group.
 
 Each rank stores only its logical rows; the head appends zero rows where slices must be equal, and sets the logits of
 those rows to -inf, so that they are outside the softmax and get exactly no gradient.
@@ -27,8 +27,8 @@ def vocabulary_partition(config: StackConfig, group: dist.ProcessGroup) -> Parti
     return partition(config.vocab_size, group.size(), group.rank(), align=True)
 
 
-EMBEDDING = "embedding.word_embeddings"
-"""Name of the embedding module in a model."""
+EMBEDDING, HEAD = "embedding.word_embeddings", "output_layer"
+"""Names of the two modules in a model."""
 
 
 class VocabularyEmbedding(Placed, VocabParallelEmbedding):
@@ -61,16 +61,13 @@ def _draw_rows(weight: Parameter, rows: Partition, std: float, generator: torch.
 
 
 class VocabularyHead(Placed, ColumnParallelLinear):
-    """logits = z · Emb^T: the tied head, without bias and without a norm of its own.
+    """logits = z · W^T, without bias and without a norm of its own; W is the embedding, or untied a weight of its own.
 
     Args:
         config: of the stack.
         tp_group: the tensor group.
-        own_copy: hold a copy of the embedding's rows: the embedding itself is on another pipeline stage.
+        own_copy: if tied, hold a copy of the embedding's rows: the embedding itself is on another pipeline stage.
     """
-
-    drawn_as = EMBEDDING
-    """The copy is initialised with the same numbers."""
 
     def __init__(self, config: StackConfig, tp_group: dist.ProcessGroup, own_copy: bool) -> None:
         rows = vocabulary_partition(config, tp_group)
@@ -79,13 +76,17 @@ class VocabularyHead(Placed, ColumnParallelLinear):
             bias=False, skip_weight_param_allocation=True, tp_group=tp_group,
         )  # fmt: skip
         self.partition, self.dtype, self.init_std = rows, config.params_dtype, config.embedding_init_std
-        if own_copy:
+        self.tied = config.tie_embeddings
+        self.drawn_as = EMBEDDING if self.tied else HEAD  # a copy is initialised with the same numbers
+        if self.tied and own_copy:
             self.copy_number = 1
+        if own_copy or not self.tied:
             self.weight = Parameter(torch.empty(rows.size, config.hidden_size, dtype=config.params_dtype))
             mark_sharded(self.weight, 0)
 
     def forward(self, hidden: Tensor, weight: Optional[Tensor] = None, runtime_gather_output: Optional[bool] = None):
-        """[s or s/t, b, h] and the embedding's local rows -> ([s, b, computed local rows], None)."""
+        """[s or s/t, b, h] and, if tied, the embedding's local rows -> ([s, b, computed local rows], None)."""
+        weight = weight if self.tied else self.weight
         padding = self.partition.padding
         padded = F.pad(weight, (0, 0, 0, padding)) if padding else weight
         logits, _ = super().forward(hidden.to(self.dtype), weight=padded, runtime_gather_output=False)

@@ -61,7 +61,7 @@ def _build_megatron_model(config: Config, settings: StackConfig, groups: Any, st
     common = dict(
         vocab_size=settings.tensor_model_parallel_size,
         max_sequence_length=config.data.sequence_length,
-        share_embeddings_and_output_weights=True,
+        share_embeddings_and_output_weights=settings.tie_embeddings,
         pg_collection=groups,
         pre_process=stage.is_first,
         post_process=stage.is_last,

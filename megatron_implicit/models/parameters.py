@@ -9,8 +9,8 @@ from torch import nn
 from megatron_implicit.layers.sharding import placed_parameters
 
 COMPONENTS = {
-    "embedding": "embedding and tied head",
-    "output_layer": "embedding and tied head",
+    "embedding": "embedding and head",
+    "output_layer": "embedding and head",
     "injection": "injection",
     "in_proj": "input projections",
     "linear_qkv": "query, key, value",

@@ -25,11 +25,16 @@ def weight_norm(v: Tensor, g: Tensor, *, reduce: Optional[Callable[[Tensor], Ten
         W, shaped and typed as v; computed in float32 (float64 if v is). A row of zeros gives zeros.
     """
     dtype = compute_dtype(v)
-    squares = torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype).square()
+    squares = row_norms(v).square()
     if reduce is not None:
         squares = reduce(squares)
     # A row that only pads a dimension may be zero: the bound keeps 0/0 out of it and out of its gradient.
     return _ScaledRows.apply(v, g.to(dtype) / squares.clamp_min(torch.finfo(dtype).tiny).sqrt())
+
+
+def row_norms(v: Tensor) -> Tensor:
+    """‖v‖ of every row [rows], in float32 (float64 if v is): the gains with which weight norm leaves v as it is."""
+    return torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=compute_dtype(v))
 
 
 class _ScaledRows(torch.autograd.Function):

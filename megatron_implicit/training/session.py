@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_implicit.checkpoint import (
     CheckpointFolder,
     TrainingState,
+    load_model_weights,
     load_training_state,
     locate_checkpoint,
     read_checkpoint_config,
@@ -38,7 +39,6 @@ from megatron_implicit.training.callbacks import (
     Metrics,
     Plots,
     Validation,
-    Watchdog,
 )
 from megatron_implicit.training.data import TrainingData, open_run_tokenizer
 from megatron_implicit.training.optimizer import TrainingParts, keeping_hyperparameters, prepare_training
@@ -111,7 +111,7 @@ def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
     return [
-        Watchdog(config.health.hang_minutes), Interruption(config.run), *faults, Validation(), Metrics(), Console(),
+        Interruption(config.run), *faults, Validation(), Metrics(), Console(),
         Desync(), Checkpointing(), Plots(), Events(),
     ]  # fmt: skip
 
@@ -171,6 +171,11 @@ def _begin(
         return TrainingState(data_fingerprint=data.fingerprint), Origin("start", f"new run in {config.run.dir}")
     verify_manifest(source)
     state = TrainingState(**read_state(source))
+    if state.weights_only:
+        load_model_weights(parts.model.module, source)
+        parts.optimizer.reload_model_params()
+        fresh = TrainingState(data_fingerprint=data.fingerprint, parent=str(source))
+        return fresh, Origin("start", f"from the weights of {source}")
     _refuse_short_branch(config, state, source)
     _load(config, source, state, parts)
     state.data_fingerprint = data.fingerprint

@@ -25,6 +25,7 @@ from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.step import StepResult, StepRunner
 from megatron_implicit.training.validation import HeldOutLoss, measure_loss
+from megatron_implicit.training.watchdog import Progress, Watchdog
 
 
 @dataclass(frozen=True)
@@ -47,22 +48,6 @@ class StepRecord:
     seconds: float
     validation: Optional[HeldOutLoss] = None
     metrics: Optional[dict[str, Any]] = None
-
-
-class Progress:
-    """Where the training thread has got to, for whoever watches it from another thread."""
-
-    def __init__(self) -> None:
-        self.alive("the start")
-
-    def alive(self, where: str) -> None:
-        """Says that something begins, and so that what was before has ended."""
-        self.where, self._since = where, time.monotonic()
-
-    @property
-    def idle_s(self) -> float:
-        """Seconds since the last word."""
-        return time.monotonic() - self._since
 
 
 class Trainer:
@@ -133,6 +118,13 @@ class Trainer:
         Raises:
             MegatronImplicitError: the run cannot go on; the message says why and what to do.
         """
+        with Watchdog(
+            self.config.health.hang_minutes, self.progress, self.folder.logs, self.state.attempt,
+            lambda message: self.event("hang", message),
+        ):  # fmt: skip
+            self._run()
+
+    def _run(self) -> None:
         try:
             for callback in self.callbacks:
                 callback.on_start(self)

@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_implicit import exits
 from tests.launch.conftest import Runs
 
@@ -19,12 +21,12 @@ SETTINGS = (
 
 def train(arguments: list[str]) -> str:
     """One job, as launch/pretrain.py runs it; the error's type and message, if there was one."""
-    from megatron_implicit.comm.groups import place_from_environment
+    from megatron_implicit.comm.groups import Place
     from megatron_implicit.errors import MegatronImplicitError
     from megatron_implicit.training.session import configure, open_session
 
     try:
-        open_session(configure(arguments), place_from_environment()).run()
+        open_session(configure(arguments), Place(dist.get_rank(), dist.get_world_size(), dist.get_rank())).run()
     except MegatronImplicitError as error:
         return f"{type(error).__name__} {error.exit_code}: {error}"
     return ""

@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from megatron_implicit.conversion.convert import convert, open_source
 from tests.launch.conftest import Runs
 
 METRICS = {
@@ -125,3 +126,18 @@ def test_a_dry_run_prints_parameters_memory_and_flops(runs: Runs) -> None:
     for words in ("injection", "total", "bounded (3+1)", "free (12+2)", "FLOPs"):
         assert words in job.output
     assert not (runs.folder / "dry").exists()
+
+
+def test_a_run_starts_from_converted_weights(runs: Runs, one_process: None) -> None:
+    for source, target, read, written in (("megatron", "reference", "whole", "exported"),
+                                          ("reference", "megatron", "exported", "imported")):  # fmt: skip
+        convert(open_source(runs.folder / read, source), target, runs.folder / written)
+    job = runs.start("from_weights", "--checkpoint.load", str(runs.folder / "imported"), "--parallel.tensor", "2",
+                     processes=2)  # fmt: skip
+    assert job.code == 0, job.output
+    metrics = runs.metrics("from_weights")
+    assert sorted(metrics) == [*range(9)], "the run has its own steps, from the first"
+    held_out = runs.metrics("whole")[8]["validation_loss"]
+    assert metrics[0]["validation_loss"] == pytest.approx(held_out, abs=1e-5)
+    event = json.loads((runs.folder / "from_weights/events.jsonl").read_text().splitlines()[0])
+    assert event["kind"] == "start" and "from the weights of" in event["message"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import signal
 import time
@@ -72,6 +73,12 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_taken(runs: 
     assert (checkpoints / "step_00000008.damaged").is_dir() == (damage != "gone")
 
 
+def record(runs: Runs, name: str) -> dict[str, bytes]:
+    """What a run is remembered by."""
+    kept = ("config.yaml", "metrics.jsonl", "events.jsonl", "lease.json", "checkpoints/")
+    return {path: content for path, content in runs.contents(name).items() if path.startswith(kept)}
+
+
 def test_an_orphan_is_refused_by_the_lease(runs: Runs) -> None:
     settings = ("--train.steps", "60", "--checkpoint.save_every", "5", "--train.validate_every", "0")
     orphan = runs.launch("orphaned", *settings)
@@ -79,16 +86,15 @@ def test_an_orphan_is_refused_by_the_lease(runs: Runs) -> None:
         runs.wait_for_step("orphaned", 12)
         orphan.processes[0].send_signal(signal.SIGSTOP)  # as a node that is cut off
         assert runs.launch("orphaned", config=False).wait()[0].code == exits.DONE
-        before = runs.contents("orphaned")
+        before = record(runs, "orphaned")
         orphan.processes[0].send_signal(signal.SIGCONT)
         job = orphan.wait()[0]
     finally:
         orphan.kill()
-    assert job.code == exits.FAILURE
+    assert job.code == exits.USAGE
     assert len(job.errors) == 1 and "is held by attempt 1" in job.errors[0], job.output
-    after = runs.contents("orphaned")
-    refused = [json.loads(line) for line in after.pop("logs/refused.jsonl").splitlines()]
-    assert after == before
+    assert record(runs, "orphaned") == before
+    refused = [json.loads(line) for line in (runs.folder / "orphaned/logs/refused.jsonl").read_text().splitlines()]
     assert refused[0]["attempt"] == 0 and refused[0]["refused"] in ("a line of metrics.jsonl", "a line of events.jsonl")
 
 
@@ -112,3 +118,26 @@ def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_all(runs: Runs) -> No
 
 def _state(step_folder: Path) -> dict:
     return json.loads((step_folder / "state.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.acceptance
+def test_ranks_killed_at_random_moments_cost_at_most_the_steps_since_the_last_checkpoint(runs: Runs) -> None:
+    settings = (*TENSOR, "--train.steps", "40", "--checkpoint.save_every", "4")
+    straight = runs.launch("unhurt", *settings, processes=2)
+    assert [job.code for job in straight.wait()] == [exits.DONE] * 2
+    generator, deaths = random.Random(7), 0
+    while True:
+        job = runs.launch("killed", *settings, processes=2)
+        try:
+            if deaths < 10:
+                runs.wait_for_step("killed", min(36, 4 * deaths + 1))
+                time.sleep(generator.uniform(0, 0.5))
+                job.processes[generator.randrange(2)].kill()
+                deaths += 1
+            codes = {done.code for done in job.wait()}
+        finally:
+            job.kill()
+        if codes == {exits.DONE}:
+            break
+        assert codes <= {-signal.SIGKILL, exits.RESTART}
+    assert runs.numbers("killed") == runs.numbers("unhurt")

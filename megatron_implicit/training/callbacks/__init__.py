@@ -13,9 +13,8 @@ from megatron_implicit.training.callbacks.interruption import Interruption
 from megatron_implicit.training.callbacks.metrics import Metrics
 from megatron_implicit.training.callbacks.plots import Plots
 from megatron_implicit.training.callbacks.validation import Validation
-from megatron_implicit.training.callbacks.watchdog import Watchdog
 
 __all__ = [
     "Callback", "Checkpointing", "Console", "Desync", "Events", "Faults", "Interruption", "Metrics", "Plots",
-    "Validation", "Watchdog",
+    "Validation",
 ]  # fmt: skip

@@ -7,23 +7,35 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Callable
 
 import torch.distributed as dist
 
 from megatron_implicit import exits
-from megatron_implicit.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_implicit.training.trainer import Trainer
 
 GRACE_S = 5.0
 """What a rank that has written its stacks leaves the others for theirs, before it ends the job."""
 _POLL_S = 0.5
 
 
-class Watchdog(Callback):
-    """A thread on every rank that looks whether the training thread still reports.
+class Progress:
+    """Where the training thread has got to, for whoever watches it from another thread."""
+
+    def __init__(self) -> None:
+        self.alive("the start")
+
+    def alive(self, where: str) -> None:
+        """Says that something begins, and so that what was before has ended."""
+        self.where, self._since = where, time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last word."""
+        return time.monotonic() - self._since
+
+
+class Watchdog:
+    """A thread on every rank that looks whether the training thread still reports, inside a ``with``.
 
     Ranks wait for each other in every step, so that all of them stand still within a step of the one that hangs. The
     first to notice leaves a file in the run's logs folder; the others see it and write their stacks at once, too. A
@@ -31,33 +43,35 @@ class Watchdog(Callback):
 
     Args:
         minutes: without progress that end the job; 0 never does.
+        progress: of the training thread.
+        logs: folder for the stacks.
+        attempt: of this job.
+        report: told in one line what happened, on the watching thread.
     """
 
-    def __init__(self, minutes: float) -> None:
-        self._limit = 60 * minutes
+    def __init__(
+        self, minutes: float, progress: Progress, logs: Path, attempt: int, report: Callable[[str], None]
+    ) -> None:
+        self._limit, self._progress, self._report = 60 * minutes, progress, report
+        self._mark = logs / f"hang_attempt{attempt}"
+        self._stacks = logs / f"stacks_attempt{attempt}_rank{dist.get_rank():05d}.txt"
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def on_start(self, trainer: "Trainer") -> None:
-        if not self._limit:
-            return
-        self._trainer, attempt = trainer, trainer.folder.lease.attempt
-        self._mark = trainer.folder.logs / f"hang_attempt{attempt}"
-        self._stacks = trainer.folder.logs / f"stacks_attempt{attempt}_rank{dist.get_rank():05d}.txt"
-        trainer.progress.alive("the start")
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+    def __enter__(self) -> "Watchdog":
+        self._progress.alive("the start")
+        if self._limit:
+            self._thread.start()
+        return self
 
-    def on_failure(self, trainer: "Trainer", error: BaseException) -> None:
-        self._leave()
-
-    def on_end(self, trainer: "Trainer") -> None:
-        self._leave()
-
-    def _leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
+        if self._limit:
+            self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        progress = self._trainer.progress
+        progress = self._progress
         while not self._stop.wait(_POLL_S):
             idle = progress.idle_s
             # Needs no lock of the interpreter once it is set, so it speaks even where this thread cannot.
@@ -77,7 +91,7 @@ class Watchdog(Callback):
         faulthandler.dump_traceback(file=sys.__stderr__)
         _dump(self._stacks, message)
         try:
-            self._trainer.event("hang", message)
+            self._report(message)
         finally:
             time.sleep(GRACE_S)
             exits.leave(exits.RESTART)
