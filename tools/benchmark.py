@@ -16,6 +16,7 @@ DESCRIPTION = """Measure this machine and print JSON.
 
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
+    python tools/benchmark.py telemetry                        what reporting to every sink costs a step
     python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
     python tools/benchmark.py convert --help                   checkpoint conversion: time and memory
     python tools/benchmark.py checkpoint --help                what a save costs training, waited for and in the background
@@ -48,7 +49,7 @@ def main() -> int:
     if sys.argv[1:2] == ["checkpoint"]:
         return _measure_checkpoints(sys.argv[2:])
     parser = CommandParser(DESCRIPTION)
-    parser.add_argument("benchmark", choices=["train-step"])
+    parser.add_argument("benchmark", choices=["train-step", "telemetry"])
     parser.add_argument("--family", choices=["implicit_mamba2", "implicit_llama"], default="implicit_mamba2")
     parser.add_argument("--width", type=int, default=256, help="model width (default: 256)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the stack (default: 4)")
@@ -65,9 +66,11 @@ def main() -> int:
     prepare_megatron()
     from megatron_implicit.config import config_from_dict
     from megatron_implicit.training.benchmark import TrainStepBenchmark
+    from megatron_implicit.training.telemetry_benchmark import TelemetryBenchmark
 
     config = config_from_dict(_configuration(arguments))
-    result = TrainStepBenchmark(config, arguments.evaluations, arguments.phantom_steps).run(arguments.repeats)
+    benchmark = {"train-step": TrainStepBenchmark, "telemetry": TelemetryBenchmark}[arguments.benchmark]
+    result = benchmark(config, arguments.evaluations, arguments.phantom_steps).run(arguments.repeats)
     print(json.dumps(result, indent=1))
     return 0
 

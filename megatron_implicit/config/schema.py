@@ -284,6 +284,20 @@ class TelemetryConfig:
     """Steps between console lines."""
     plots: bool = True
     """Write PNG plots of loss, evaluations and residuals into the run's plots/ folder when a job ends."""
+    rank_file_every_s: float = 10.0
+    """Seconds between lines of ranks/rank_*.jsonl, where each rank says what its time went to; 0 writes none."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run's tensorboard/ folder."""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """Log to Weights & Biases; offline keeps the run in its folder, for wandb sync."""
+    wandb_project: str = "megatron_implicit"
+    """Project of Weights & Biases that the run appears in."""
+    prometheus: bool = False
+    """Let one process of each node export the numbers of its ranks to Prometheus."""
+    prometheus_port: int = 0
+    """Port of the exporter; 0 takes a free one, which the file in targets_dir tells."""
+    targets_dir: str = "runs/.targets"
+    """Folder, on a file system shared with Prometheus, where jobs register their exporters (file_sd)."""
 
 
 @dataclass
@@ -292,7 +306,7 @@ class DebugConfig:
 
     inject: Optional[str] = None
     """Fault for tests, 'KIND@STEP' or 'KIND@STEP:RANK', KIND one of nonfinite_iterate, nan_gradient, gradient_spike,
-    loss_spike, diverging_solve, desync, hang, crash. Off by default."""
+    loss_spike, diverging_solve, desync, hang, slow, crash. Off by default."""
 
 
 @dataclass

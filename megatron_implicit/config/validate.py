@@ -6,7 +6,7 @@ import math
 import typing
 
 from megatron_implicit.config.resolve import solver_of_phase
-from megatron_implicit.config.schema import Config, InferenceConfig, SolverConfig
+from megatron_implicit.config.schema import Config, InferenceConfig, SolverConfig, TelemetryConfig
 from megatron_implicit.errors import ConfigError
 
 
@@ -261,7 +261,7 @@ def _validate_training(config: Config) -> None:
     if config.run.time_limit_minutes is not None:
         _positive("run", config.run, "time_limit_minutes")
     _positive("checkpoint", config.checkpoint, "keep_last")
-    _positive("telemetry", config.telemetry, "console_every")
+    _validate_telemetry(config.telemetry)
     _require(
         0 <= schedule.warmup_fraction < 1,
         f"schedule.warmup_fraction={schedule.warmup_fraction} must lie in [0, 1): some step must reach the peak",
@@ -272,6 +272,14 @@ def _validate_training(config: Config) -> None:
         f"schedule.warmup_fraction={schedule.warmup_fraction} + schedule.decay_fraction={schedule.decay_fraction} "
         "exceed 1: shorten one of them",
     )
+
+
+def _validate_telemetry(telemetry: TelemetryConfig) -> None:
+    _positive("telemetry", telemetry, "console_every")
+    _one_of("telemetry", telemetry, "wandb")
+    every, port = telemetry.rank_file_every_s, telemetry.prometheus_port
+    _require(every >= 0, f"telemetry.rank_file_every_s={every} must not be negative")
+    _require(0 <= port < 65536, f"telemetry.prometheus_port={port} must be a port, or 0 for a free one")
 
 
 def _validate_health(config: Config) -> None:
@@ -312,7 +320,7 @@ def _validate_debug(config: Config) -> None:
 
 
 FAULTS = (
-    "nonfinite_iterate", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync", "hang", "crash",
+    "nonfinite_iterate", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync", "hang", "slow", "crash",
 )  # fmt: skip
 """Kinds of ``debug.inject``."""
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import resource
 import sys
+import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +44,21 @@ class Platform:
             return torch.cuda.max_memory_allocated()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def time_mark(self) -> Any:
+        """This moment: on a GPU an event in the current stream, which costs microseconds and waits for nothing."""
+        if self.device_type == "cpu":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, first: Any, second: Any) -> float:
+        """Seconds from one mark to another; waits until the device has passed the second."""
+        if self.device_type == "cpu":
+            return second - first
+        second.synchronize()
+        return first.elapsed_time(second) / 1e3
 
     def synchronize(self) -> None:
         """Waits for the work queued on the device."""

@@ -28,7 +28,8 @@ from megatron_implicit.layers.sharding import mark_copies
 from megatron_implicit.layers.stack_config import StackConfig, Stage
 from megatron_implicit.layers.weights import weight_owners
 from megatron_implicit.models.stack_map import StackMap
-from megatron_implicit.solver import FixedPointSolve, SolveSettings, SolveTrace, drive
+from megatron_implicit.solver import FixedPointSolve, SolveSettings, SolveTrace, Step, drive
+from megatron_implicit.telemetry.timing import switch_to
 
 from megatron.core.transformer.module import MegatronModule  # isort: skip
 
@@ -154,6 +155,12 @@ class FixedPointDecoder(StackDecoder):
         bound_pass = self.begin(hidden_states)
         solve = self.start(hidden_states, settings)
         with torch.set_grad_enabled(torch.is_grad_enabled() and settings.gradient != "none"):
-            z = drive(solve, lambda z, step: self.evaluate(z, bound_pass, rotary_pos_emb))
+            z = drive(solve, lambda z, step: self._timed(step, z, bound_pass, rotary_pos_emb))
+        switch_to("forward")
         self.trace = solve.trace()
         return z
+
+    def _timed(self, step: Step, z: Tensor, bound_pass: Pass, rotary_pos_emb: Optional[Tensor]) -> Tensor:
+        """``evaluate``; what the solve does with the result counts as its part of the step too."""
+        switch_to("phantom" if step is Step.PHANTOM else "solve")
+        return self.evaluate(z, bound_pass, rotary_pos_emb)

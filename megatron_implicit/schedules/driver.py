@@ -17,6 +17,11 @@ from megatron_implicit.schedules.farewell import Farewell, Reason
 from megatron_implicit.schedules.logic import Send, StageLogic
 from megatron_implicit.schedules.protocol import Kind, Message, ProtocolError
 from megatron_implicit.schedules.recording import Recorder, TaskRecord
+from megatron_implicit.telemetry.timing import switch_to, timed_as
+
+
+_PARTS = {Kind.SOLVE: "solve", Kind.OUTPUT: "solve", Kind.PHANTOM: "phantom", Kind.BACKWARD: "backward"}
+"""Parts of a step's time by kind of task."""
 
 
 class Leader(Protocol):
@@ -76,6 +81,7 @@ class Driver:
                     self._wait_for_arrival()
                 else:
                     self._run_task(task)
+            switch_to("backward")
             reports = self._compute.finish()
             self._channel.close(Header(1, 0, 0, Kind.STOP, 0, 0))
             return reports
@@ -99,6 +105,7 @@ class Driver:
 
     def _run_task(self, task: Message) -> None:
         self._latest = task
+        switch_to(_PARTS[task.kind])
         self._alive(str(task))
         start = time.perf_counter()
         self._logic.begin(task)
@@ -132,7 +139,8 @@ class Driver:
             self._take(arrival)
 
     def _wait_for_arrival(self) -> None:
-        arrival = self._channel.arrival(self._timeout_s)
+        with timed_as("communication"):  # with the schedule's bubble in it
+            arrival = self._channel.arrival(self._timeout_s)
         if arrival is None:
             raise Farewell(Reason.SILENT, self._stage, task=self._latest)
         self._take(arrival)
@@ -147,7 +155,8 @@ class Driver:
             raise Farewell.of(header)
         message = self._check(direction, header, sender)
         self._logic.receive(message)
-        self._payloads[message] = self._channel.payload(direction, self._specs(message))
+        with timed_as("communication"):
+            self._payloads[message] = self._channel.payload(direction, self._specs(message))
         self._latest = message
         self._channel.received(direction, message.microbatch)  # what was sent before this came round has arrived
         if self._plan.admits(message):

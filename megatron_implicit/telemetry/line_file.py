@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
@@ -19,7 +20,7 @@ class LineFile:
     """Appends lines to a file, made at the first of them.
 
     A line reaches the file in one write, so a killed job tears at most its last one; the next writer closes that line.
-    A full disk does not end a run: lines wait in memory until there is room.
+    A full disk does not end a run: lines wait in memory until there is room. Threads may share a file.
 
     Args:
         path: of the file.
@@ -30,11 +31,16 @@ class LineFile:
         self._path, self._fence = path, fence
         self._descriptor: Optional[int] = None
         self._waiting = b""
+        self._lock = threading.Lock()
 
     def write(self, values: dict[str, Any]) -> None:
         """One line, in the file when this returns. Numbers that are not finite become null: JSON has none."""
         finite = {name: None if _is_not_finite(value) else value for name, value in values.items()}
         line = json.dumps(finite, allow_nan=False).encode() + b"\n"
+        with self._lock:
+            self._append(line)
+
+    def _append(self, line: bytes) -> None:
         if self._fence:
             self._fence()
         full_before = bool(self._waiting)

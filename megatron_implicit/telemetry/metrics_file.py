@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_bytes().splitlines()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; a run writes it with its first step") from None
+    return _last_of_each_step(lines)
+
+
+def last_metrics(path: Path, size: int) -> list[dict[str, Any]]:
+    """As ``read_metrics``, of the last ``size`` bytes of the file; nothing where there is no file."""
+    try:
+        with open(path, "rb") as file:
+            begin = max(0, file.seek(0, os.SEEK_END) - size)
+            file.seek(begin)
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return []
+    return _last_of_each_step(lines[1:] if begin else lines)
+
+
+def _last_of_each_step(lines: list[bytes]) -> list[dict[str, Any]]:
     steps: dict[int, dict[str, Any]] = {}
     for line in lines:
         try:

@@ -47,8 +47,8 @@ class TrainStepBenchmark:
 
     def run(self, repeats: int) -> dict[str, Any]:
         """Seconds of both sides and their ratio, tokens/s, and bytes kept for the backward pass."""
-        self._set_evaluations(self.evaluations)
-        bare, solved = interleaved_medians([self._bare_passes, self._solve], repeats)
+        self.set_evaluations(self.evaluations)
+        bare, solved = interleaved_medians([self._bare_passes, self.solve], repeats)
         tokens = self.embedding.shape[0] * self.embedding.shape[1]
         return {
             "device": current_platform().name,
@@ -69,18 +69,20 @@ class TrainStepBenchmark:
 
     def saved_bytes(self, evaluations: int) -> int:
         """Bytes that autograd keeps between a forward and a backward pass, each storage once."""
-        self._set_evaluations(evaluations)
+        self.set_evaluations(evaluations)
         with counting_saved_bytes() as storages:
             z = self.decoder(self.embedding, rotary_pos_emb=self.rotary)
         z.sum().backward()
         return sum(storages.values())
 
-    def _set_evaluations(self, evaluations: int) -> None:
+    def set_evaluations(self, evaluations: int) -> None:
+        """Every solve takes exactly so many."""
         solver = self.config.solver
         solver.max_iterations, solver.tolerance, solver.phantom_steps = evaluations, 0.0, self.phantom_steps
         self.decoder.solver = SolveSettings.training(solver)
 
-    def _solve(self) -> None:
+    def solve(self) -> None:
+        """One solve, the passes with gradient and their backward passes."""
         self.decoder(self.embedding, rotary_pos_emb=self.rotary).sum().backward()
 
     def _bare_passes(self) -> None:

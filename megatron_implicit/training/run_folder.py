@@ -16,7 +16,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import torch.distributed as dist
 
@@ -66,6 +66,8 @@ class RunFolder:
         self.path, self.lease = path, lease
         self.logs = path / "logs"
         self._events = self.line_file(EVENTS_FILE)
+        self.on_event: Callable[[dict[str, Any]], None] = lambda event: None
+        """Told every event of this rank."""
 
     @classmethod
     def take(cls, path: Path, run_id: str = "") -> "RunFolder":
@@ -116,10 +118,12 @@ class RunFolder:
 
     def event(self, kind: str, message: str, step: int) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""
-        self._events.write(
-            {"time": time.time(), "step": step, "attempt": self.lease.attempt, "kind": kind, "rank": dist.get_rank(),
-             "message": message}
-        )  # fmt: skip
+        event = {
+            "time": time.time(), "step": step, "attempt": self.lease.attempt, "kind": kind, "rank": dist.get_rank(),
+            "message": message,
+        }  # fmt: skip
+        self._events.write(event)
+        self.on_event(event)
 
     def warn(self, kind: str, message: str, step: int) -> None:
         """An event that is also said aloud."""

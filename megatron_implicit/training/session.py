@@ -38,6 +38,7 @@ from megatron_implicit.training.callbacks import (
     Interruption,
     Metrics,
     Plots,
+    Reporting,
     Validation,
 )
 from megatron_implicit.training.data import TrainingData, open_run_tokenizer
@@ -111,8 +112,8 @@ def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
     return [
-        Interruption(config.run), *faults, Validation(), Metrics(), Console(),
-        Desync(), Checkpointing(), Plots(), Events(),
+        Interruption(config.run), *faults, Validation(), Metrics(), Console(), Reporting(), Desync(), Checkpointing(),
+        Plots(), Events(),
     ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from megatron_implicit.errors import DivergedError, MachineError, MegatronImplic
 from megatron_implicit.schedules import Limits
 from megatron_implicit.schedules.recirculating import RecirculatingSchedule
 from megatron_implicit.solver import SolveTrace
+from megatron_implicit.telemetry.timing import switch_to, timed_as
 from megatron_implicit.training.health import Action, Finding, StepHealth, Verdict
 from megatron_implicit.training.optimizer import TrainingParts
 from megatron_implicit.training.solver_statistics import solver_statistics
@@ -102,7 +103,7 @@ class StepRunner:
         self._config, self._parts, self._health = config, parts, health or StepHealth(config.health)
         self._on_gradients, self._report, self._alive = on_gradients, report, alive
         transformer = parts.model.module.config
-        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.finalize_model_grads_func = _finalize_model_grads
         transformer.grad_scale_func = parts.optimizer.scale_loss
         self.forward_backward = forward_backward_function(config, alive)
         """Megatron-Core's interface; also for evaluations."""
@@ -118,13 +119,15 @@ class StepRunner:
             PipelineError: another stage died or gave up; names ranks, microbatch and evaluation.
             DivergedError: the step is bad in another way and the run is to stop.
         """
-        microbatches = list(itertools.islice(batches, self._microbatches))
+        with timed_as("data_wait"):
+            microbatches = list(itertools.islice(batches, self._microbatches))
         generators = random_state()
         for repeats in itertools.count():
             measured = self._forward_backward(step, microbatches, device)
             if self._config.implicit:
                 tolerance = self._parts.model.module.decoder.solver.tolerance
                 measured.statistics = solver_statistics(measured.traces, tolerance, device)
+            switch_to("optimizer")
             self._on_gradients(step)
             self._parts.optimizer.prepare_grads()
             measured.grad_norm = float(self._parts.optimizer.get_grad_norm() or 0.0)
@@ -152,6 +155,7 @@ class StepRunner:
             number = next(numbers)
             self._alive(f"step {step}, microbatch {number}")
             batch = {name: value.to(device) for name, value in next(iterator).items()}
+            switch_to("forward")
             losses = _token_losses(model, batch, number)
             return losses, lambda output: _mean_loss(output, batch["loss_mask"], parts.model.module.decoder.trace)
 
@@ -216,6 +220,12 @@ class StepRunner:
         return StepResult(measured.loss, measured.grad_norm, rate, measured.traces, measured.statistics, skipped)
 
 
+def _finalize_model_grads(*args: Any, **kwargs: Any) -> None:
+    """Megatron-Core's reduction of gradients; it waits where our clock does not see it."""
+    with timed_as("communication"):
+        finalize_model_grads(*args, **kwargs)
+
+
 def _broken_solve(step: int, traces: list[SolveTrace]) -> MegatronImplicitError:
     for microbatch, trace in enumerate(traces):
         if trace.broken_at is not None and bool(trace.broken_at.any()):
@@ -234,4 +244,5 @@ def _token_losses(model: Any, batch: Batch, microbatch: int) -> Tensor:
 def _mean_loss(losses: Tensor, mask: Tensor, trace: SolveTrace) -> tuple[Tensor, tuple[Tensor, SolveTrace]]:
     """Megatron-Core's loss function: mean over counted tokens, and what to report."""
     loss = (losses.float() * mask).sum() / mask.sum()
+    switch_to("backward")  # the schedule's next act
     return loss, (loss.detach().clone(), trace)  # the schedule divides the loss in place

@@ -14,9 +14,11 @@ from megatron_implicit.checkpoint import TrainingState
 from megatron_implicit.comm.agreement import Agreement
 from megatron_implicit.config import Config
 from megatron_implicit.device import current_platform
+from megatron_implicit.device.collectives import observe_collectives
 from megatron_implicit.device.kernels import describe
 from megatron_implicit.models.decoder import FixedPointDecoder
 from megatron_implicit.solver import SolveSettings
+from megatron_implicit.telemetry.timing import StepClock, StepTimes, timed_as
 from megatron_implicit.training.callbacks.base import Callback
 from megatron_implicit.training.curriculum import Curriculum, Phase
 from megatron_implicit.training.data import TrainingData
@@ -46,6 +48,8 @@ class StepRecord:
     phase: Phase
     result: StepResult
     seconds: float
+    times: StepTimes
+    """What the seconds went to, on this rank."""
     validation: Optional[HeldOutLoss] = None
     metrics: Optional[dict[str, Any]] = None
 
@@ -81,7 +85,9 @@ class Trainer:
         """Why the job ends after this step, where it was asked to."""
         self.health = StepHealth(config.health)
         self.health.load_state_dict(state.health)
-        self._agreement = Agreement()
+        self._agreement, self._clock = Agreement(), StepClock()
+        observe_collectives(lambda: timed_as("communication"))
+        folder.on_event = self._pass_event_on
         self._curriculum = Curriculum(config)
         self._runner = StepRunner(
             config, parts, self.health, self._after_backward, self._report_health, self.progress.alive
@@ -126,6 +132,13 @@ class Trainer:
 
     def _run(self) -> None:
         try:
+            self._run()
+        finally:
+            for callback in self.callbacks:
+                callback.on_exit(self)
+
+    def _run(self) -> None:
+        try:
             for callback in self.callbacks:
                 callback.on_start(self)
             batches = self.data.training_batches(self.state.consumed_samples)
@@ -150,15 +163,17 @@ class Trainer:
             callback.before_step(self, step)
         self._agreement.begin({n: v for callback in self.callbacks for n, v in callback.proposals(self).items()})
         began = time.perf_counter()
-        result = self._runner.run(step, batches, self.device)
-        self.agreed = self._agreement.end()
+        with self._clock.step():
+            result = self._runner.run(step, batches, self.device)
+            with timed_as("communication"):
+                self.agreed = self._agreement.end()
         self.progress.alive(f"the callbacks after step {step}")
         seconds = time.perf_counter() - began
         train = self.config.train
         self.state.step = step
         self.state.consumed_samples += train.global_batch_size
         self.state.consumed_tokens += train.global_batch_size * self.config.data.sequence_length
-        return StepRecord(step, phase, result, seconds)
+        return StepRecord(step, phase, result, seconds, self._clock.times)
 
     def _after_backward(self, step: int) -> None:
         for callback in self.callbacks:
@@ -195,6 +210,10 @@ class Trainer:
     def event(self, kind: str, message: str) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""
         self.folder.event(kind, message, self.state.step)
+
+    def _pass_event_on(self, event: dict[str, Any]) -> None:
+        for callback in self.callbacks:
+            callback.on_event(self, event)
 
     def warn(self, kind: str, message: str) -> None:
         """An event that is also said aloud."""

@@ -33,6 +33,12 @@ class Callback:
     def on_end(self, trainer: "Trainer") -> None:
         """After the last step of this job."""
 
+    def on_event(self, trainer: "Trainer", event: dict[str, Any]) -> None:
+        """When this rank has written a line of events.jsonl; perhaps on another thread."""
+
+    def on_exit(self, trainer: "Trainer") -> None:
+        """At the very end of a job, however it ended."""
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as JSON."""
         return {}

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from megatron_implicit.training.trainer import Trainer
 
 
+SLOW_S = 0.03
+"""Seconds that a pass takes longer on a slow rank."""
+
+
 class Faults(Callback):
     """At the given step, on the given rank, once.
 
@@ -28,6 +32,7 @@ class Faults(Callback):
     diverging_solve         the gains of the stack are so large while the step computes that F is no contraction
     desync                  a parameter changes a little, and stays so
     hang                    the rank sleeps for ever
+    slow                    every pass of F takes longer from then on
     crash                   the rank dies without a word
     ======================  ==========================================================================================
     """
@@ -43,6 +48,9 @@ class Faults(Callback):
         model = trainer.model
         if self._kind == "crash":
             os._exit(70)
+        if self._kind == "slow":
+            trainer.model.decoder.map.register_forward_pre_hook(lambda *_: time.sleep(SLOW_S))
+            return
         if self._kind == "hang":
             while True:
                 time.sleep(3600)

@@ -1,4 +1,4 @@
-"""One line of metrics.jsonl a step, written by rank 0."""
+"""The numbers of a step, for everyone who reports them."""
 
 from __future__ import annotations
 
@@ -19,28 +19,22 @@ if TYPE_CHECKING:
 
 
 class Metrics(Callback):
-    """Fills ``record.metrics`` and appends it to the run's file."""
+    """Fills ``record.metrics``, as metrics.jsonl has them."""
 
     def on_start(self, trainer: "Trainer") -> None:
         self._flops = model_flops(trainer.config)
         self._peak = peak_flops(current_platform().name, trainer.config.train.precision)
-        self._writer = trainer.folder.line_file("metrics.jsonl") if dist.get_rank() == 0 else None
-        if trainer.initial_validation is not None and self._writer:
-            self._writer.write(
-                {"step": 0, "time": time.time(), "attempt": trainer.state.attempt, "tokens": 0,
-                 "validation_loss": trainer.initial_validation.loss, "phase": trainer.next_phase.name}
-            )  # fmt: skip
 
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         config = trainer.config
         tokens_per_step = config.train.global_batch_size * config.data.sequence_length
-        solver = record.phase.solver
-        statistics = {**dict.fromkeys(FIELDS), **record.result.statistics}
-        flops = self._step_flops(trainer, statistics, solver) * tokens_per_step / dist.get_world_size()
+        statistics = {name: record.result.statistics.get(name) for name in FIELDS}
+        flops = self._step_flops(trainer, statistics, record.phase.solver) * tokens_per_step / dist.get_world_size()
         record.metrics = {
             "step": record.step,
             "time": time.time(),
             "attempt": trainer.state.attempt,
+            "ranks": dist.get_world_size(),
             "tokens": trainer.state.consumed_tokens,
             "loss": record.result.loss,
             "grad_norm": record.result.grad_norm,
@@ -57,12 +51,6 @@ class Metrics(Callback):
             record.metrics["validation_loss"] = record.validation.loss
         if record.result.skipped:
             record.metrics["skipped"] = True
-        if self._writer:
-            self._writer.write(record.metrics)
-
-    def on_end(self, trainer: "Trainer") -> None:
-        if self._writer:
-            self._writer.close()
 
     def _step_flops(self, trainer: "Trainer", statistics: dict[str, Any], solver: SolverConfig) -> float:
         if not trainer.config.implicit or solver.gradient == "unrolled":
