@@ -52,7 +52,9 @@ class BackgroundWrite:
             self._written = _write(request, arguments)
             return
         self._connection, theirs = multiprocessing.Pipe(duplex=False)
-        self._process = multiprocessing.get_context("fork").Process(target=_child, args=(theirs, request, arguments))
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_child, args=(theirs, self._connection, request, arguments)
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
             self._process.start()
@@ -84,8 +86,9 @@ class BackgroundWrite:
         self._process.join()
 
 
-def _child(connection: Connection, request: Any, arguments: list[Any]) -> None:
+def _child(connection: Connection, parents_end: Connection, request: Any, arguments: list[Any]) -> None:
     """Life of the forked process. Signals that tell the job to end are its parent's to act on."""
+    parents_end.close()  # or a parent that dies would leave this process waiting for a reader for ever
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _close_sockets()

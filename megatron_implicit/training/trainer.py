@@ -128,14 +128,11 @@ class Trainer:
             self.config.health.hang_minutes, self.progress, self.folder.logs, self.state.attempt,
             lambda message: self.event("hang", message),
         ):  # fmt: skip
-            self._run()
-
-    def _run(self) -> None:
-        try:
-            self._run()
-        finally:
-            for callback in self.callbacks:
-                callback.on_exit(self)
+            try:
+                self._run()
+            finally:
+                for callback in self.callbacks:
+                    callback.on_exit(self)
 
     def _run(self) -> None:
         try:

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Iterator
@@ -15,10 +17,14 @@ import pytest
 import torch
 
 from megatron_implicit.checkpoint import CheckpointFolder, CheckpointWriter, SaveError, TrainingState
+from megatron_implicit.checkpoint.background import BackgroundWrite
 from megatron_implicit.checkpoint.integrity import find_problem
 from megatron_implicit.checkpoint.store import load_training_state
 from megatron_implicit.config import Config, config_from_dict
 
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # isort: skip
+
+REPOSITORY = Path(__file__).parents[2]
 CONFIG = {
     "model": {"family": "implicit_llama", "size": "custom", "num_layers": 2, "hidden_size": 64, "num_heads": 4,
               "vocab_size": 512},
@@ -110,6 +116,25 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(job: Job, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_00000001"]
     job.start(writer, 3)
     assert writer.finish().name == "step_00000003"  # and the next one is saved as if nothing had been
+
+
+def orphan_a_writer(folder: Path) -> int:
+    """Starts a save whose outcome is longer than a pipe holds, and dies; the number of the writing process."""
+    request = AsyncRequest(lambda rank, buckets, answers: answers.put({0: "x" * 300_000}), [0, [], None], [])
+    print(BackgroundWrite(request, asynchronous=True)._process.pid, flush=True)
+    os._exit(0)
+
+
+def test_a_writer_whose_parent_died_ends(tmp_path: Path) -> None:
+    program = "from tests.checkpoint.test_writer import orphan_a_writer as f; f(None)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, timeout=120)
+    writer = Path("/proc") / done.stdout.split()[-1]
+    for _ in range(100):
+        if not writer.exists():
+            return
+        time.sleep(0.1)
+    os.kill(int(writer.name), signal.SIGKILL)
+    pytest.fail("the writing process outlives its parent")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from megatron_implicit.checkpoint import (
     save_checkpoint,
 )
 from megatron_implicit.comm.groups import start_model_parallel
+from megatron_implicit.conversion.reference_config import reference_config
 from megatron_implicit.models import build_model
 from megatron_implicit.training.optimizer import prepare_training
 from tests import goldens, traces
@@ -34,6 +36,12 @@ def test_a_reference_folder_comes_back_bit_by_bit_and_with_its_config(tmp_path: 
     assert folders.config_json(back) == folders.config_json(reference)
 
 
+def test_a_config_that_training_forgot_is_made_anew() -> None:
+    for family in goldens.FAMILIES:
+        expected = json.loads(str(goldens.arrays(family)["config_json"]))
+        assert reference_config(goldens.golden_config(family)) == expected
+
+
 def resave(source: str, target: str, layout: traces.Layout) -> None:
     """Loads a checkpoint for training on a layout and saves it from there, as a run that has done no step."""
     config = layout.apply(read_checkpoint_config(Path(source)))
@@ -45,14 +53,19 @@ def resave(source: str, target: str, layout: traces.Layout) -> None:
     save_checkpoint(CheckpointFolder(Path(target)), config, state, parts.model.module, parts.optimizer, parts.scheduler)
 
 
-@pytest.mark.parametrize(
-    "layout", [traces.Layout(tensor=2), traces.Layout(tensor=2, pipeline=2)], ids=["TP2", "TP2xPP2"]
-)
+LAYOUTS = [
+    pytest.param(traces.Layout(tensor=2), id="TP2", marks=pytest.mark.acceptance),
+    pytest.param(traces.Layout(tensor=2, pipeline=2), id="TP2xPP2"),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", goldens.FAMILIES)
 def test_a_training_layout_in_between_changes_nothing(pool, tmp_path: Path, family: str, layout: traces.Layout) -> None:
     reference = folders.write_reference(tmp_path / "reference", family)
     middle = folders.converted(reference, "reference", "megatron", tmp_path / "middle")
-    pool(layout.tensor * layout.pipeline).run(resave, str(middle), str(tmp_path / "checkpoints"), layout)
+    processes = layout.tensor * layout.pipeline
+    pool(processes).run(resave, str(middle), str(tmp_path / "checkpoints"), layout, timeout=300)
     back = folders.converted(tmp_path / "checkpoints", "megatron", "reference", tmp_path / "back")
     assert folders.same_tensors(back, goldens.state_dict(family))
     assert folders.config_json(back) == folders.config_json(reference)

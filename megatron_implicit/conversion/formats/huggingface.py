@@ -34,9 +34,8 @@ _SECTIONS = ("model", "solver", "inference")
 
 def recognises(folder: Path) -> bool:
     """A config.json with one of the model types below."""
-    return peek_json(folder / "config.json").get("model_type") in _TYPES and "backbone_config" not in peek_json(
-        folder / "config.json"
-    )
+    config = peek_json(folder / "config.json")
+    return config.get("model_type") in _TYPES and "backbone_config" not in config
 
 
 def open_folder(folder: Path) -> StoredModel:

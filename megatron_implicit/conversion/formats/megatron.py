@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -106,10 +107,11 @@ def write_folder(model: StoredModel, folder: Path) -> None:
     write_manifest(folder, {})
 
 
-def _sections(model: StoredModel, slices: list[CheckpointSlice]):
+def _sections(model: StoredModel, slices: list[CheckpointSlice]) -> Iterator[NewTensor]:
     """The sections of each tensor in turn; a tensor is read once for all of them."""
     read: tuple[str, Tensor] | None = None
-    for part in sorted(slices, key=lambda each: list(model.tensors).index(each.name)):
+    order = {name: place for place, name in enumerate(model.tensors)}
+    for part in sorted(slices, key=lambda each: order[each.name]):
         if read is None or read[0] != part.name:
             read = None  # frees the one before it first
             read = (part.name, model.tensors[part.name].read())
