@@ -150,6 +150,7 @@ def _submission(
 ) -> Submission:  # fmt: skip
     script = JobScript(
         body=ROOT / "SLURM" / "pretrain.sbatch",
+        cluster=cluster,
         name=folder.name,
         comments=comments,
         options=[
@@ -216,6 +217,7 @@ def _submit_tool(tool: str, words: list[str]) -> int:
     cluster = read_cluster(path)
     script = JobScript(
         body=ROOT / "SLURM" / f"{tool}.sbatch",
+        cluster=cluster,
         name=tool,
         comments=[f"tools/{'evaluate' if tool == 'evaluate' else 'convert_checkpoint'}.py {' '.join(words)}"],
         options=[
