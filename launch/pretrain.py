@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch.children import end_children_with_this_process  # noqa: E402
 from launch.environment import enter  # noqa: E402
 from megatron_implicit import exits  # noqa: E402
 from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
@@ -62,6 +63,7 @@ def _report(message: str) -> None:
 
 
 def _pretrain(arguments: list[str]) -> int:
+    end_children_with_this_process()
     enter()
     from megatron_implicit.comm.groups import place_from_environment, stop_process_group
     from megatron_implicit.device import prepare_megatron

@@ -23,5 +23,10 @@ if ! bash tests/slurm/install_slurm.sh; then
     echo "the Slurm tests will be skipped: slurmctld, slurmd, slurm-client and munge could not be installed" >&2
 fi
 
+# The dashboard's page is tested in a browser, which arrives while the first tests run.
+MEGATRON_IMPLICIT_PAGE_CHECK=$(mktemp -d)/done
+export MEGATRON_IMPLICIT_PAGE_CHECK
+bash tests/telemetry/install_page_check.sh "$MEGATRON_IMPLICIT_PAGE_CHECK" &
+
 export OMP_NUM_THREADS=1
 exec "$python" -m pytest --durations=15 ${arguments[@]+"${arguments[@]}"}

@@ -17,7 +17,7 @@ _SPECS = _LAYERS | {"layers"}
 _MODELS = _SPECS | {"specs"}
 _ABOVE_MODELS = _MODELS | {"models", "telemetry", "data"}
 _CHECKPOINT = _ABOVE_MODELS | {"schedules", "inference"}
-_TRAINING = _CHECKPOINT | {"checkpoint", "conversion", "api", "cli", "exits"}
+_TRAINING = _CHECKPOINT | {"checkpoint", "conversion", "api", "cli", "exits", "planning"}
 ALLOWED: dict[str, set[str]] = {
     "exits": set(),
     "errors": {"exits"},

@@ -1,4 +1,4 @@
-"""Measures this machine and prints JSON: ``python tools/benchmark.py train-step``, ``data`` or ``checkpoint``."""
+"""Measures this machine and prints JSON: ``tools/benchmark.py`` train-step, pipeline, data or checkpoint."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ DESCRIPTION = """Measure this machine and print JSON.
 
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
+    python tools/benchmark.py generate --help                  time and memory of early and late tokens
+    python tools/benchmark.py pipeline --help                  the pipeline's bubble, by replay of a recorded step
     python tools/benchmark.py telemetry                        what reporting to every sink costs a step
     python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
     python tools/benchmark.py convert --help                   checkpoint conversion: time and memory
@@ -26,6 +28,19 @@ in the background; prints JSON. Under torchrun, at tensor parallel 1, the ranks 
 
     python tools/benchmark.py checkpoint                       203M parameters, 2.4 GB
     python tools/benchmark.py checkpoint --width 2048 --layers 48 --precision bf16
+"""
+GENERATE_DESCRIPTION = """Measure whether generating costs more, the longer it goes on: median time of an evaluation and
+memory around an early and a late token; prints JSON. The model is made up.
+
+    python tools/benchmark.py generate                         Mamba2, whose state is constant: tokens 10 and 10,000
+    python tools/benchmark.py generate --family implicit_llama --late 2000
+"""
+PIPELINE_DESCRIPTION = """Record a step of the recirculating schedule on one process a stage, bounded and free phase;
+replay it with the median time of every sort of task; print JSON.
+
+    python tools/benchmark.py pipeline                         4 stages, 64 microbatches, the schedule's default limits
+    python tools/benchmark.py pipeline --trace trace.json      also write the timelines for ui.perfetto.dev
+    python tools/benchmark.py pipeline --simulate              no run: the bubble by stages and limits, by the simulator
 """
 DATA_DESCRIPTION = """Measure how fast text and code become datasets, with one worker and with two; prints JSON.
 
@@ -44,8 +59,12 @@ def main() -> int:
     """Runs one benchmark."""
     if sys.argv[1:2] == ["data"]:
         return _measure_data(sys.argv[2:])
+    if sys.argv[1:2] == ["pipeline"]:
+        return _measure_pipeline(sys.argv[2:])
     if sys.argv[1:2] == ["convert"]:
         return _measure_conversion(sys.argv[2:])
+    if sys.argv[1:2] == ["generate"]:
+        return _measure_generation(sys.argv[2:])
     if sys.argv[1:2] == ["checkpoint"]:
         return _measure_checkpoints(sys.argv[2:])
     parser = CommandParser(DESCRIPTION)
@@ -117,6 +136,36 @@ def _measure_conversion(arguments: list[str]) -> int:
     return 0
 
 
+def _measure_generation(arguments: list[str]) -> int:
+    parser = CommandParser(GENERATE_DESCRIPTION)
+    families = ["implicit_mamba2", "implicit_llama", "explicit_mamba2", "explicit_llama"]
+    parser.add_argument("--family", choices=families, default="implicit_mamba2")
+    parser.add_argument("--width", type=int, default=64, metavar="N", help="model width (default: 64)")
+    parser.add_argument("--layers", type=int, default=1, metavar="N", help="layers of the stack (default: 1)")
+    parser.add_argument("--evaluations", type=int, default=4, metavar="N", help="passes for each token (default: 4)")
+    parser.add_argument("--early", type=int, default=10, metavar="N", help="early token (default: 10)")
+    parser.add_argument("--late", type=int, default=10000, metavar="N", help="late token (default: 10,000)")
+    parser.add_argument("--window", type=int, default=200, metavar="N", help="tokens timed at each (default: 200)")
+    options = parser.parse_args(arguments)
+    if not 0 < options.early < options.late or min(options.window, options.evaluations - 1) < 1:
+        raise ConfigError("give --early below --late, --window of at least 1 and --evaluations of at least 2")
+    options.tokens, options.sequence_length, options.precision = 32, 32, "fp32"
+
+    from megatron_implicit.device import prepare_megatron
+
+    prepare_megatron()
+    from megatron_implicit.config import config_from_dict
+    from megatron_implicit.inference.benchmark import GenerateBenchmark
+    from megatron_implicit.telemetry.progress import counted_progress
+
+    inference = {"max_iterations": options.evaluations, "tolerance": 0.0}
+    config = config_from_dict(_configuration(options) | {"inference": inference})
+    with counted_progress("generating", "tokens") as report:
+        result = GenerateBenchmark(config, options.early, options.late, options.window).run(report)
+    print(json.dumps(result, indent=1))
+    return 0
+
+
 def _measure_checkpoints(arguments: list[str]) -> int:
     parser = CommandParser(CHECKPOINT_DESCRIPTION)
     parser.add_argument("--width", type=int, default=1024, metavar="N", help="model width (default: 1024)")
@@ -145,18 +194,77 @@ def _measure_checkpoints(arguments: list[str]) -> int:
     return 0
 
 
-def _configuration(arguments) -> dict:
+def _measure_pipeline(arguments: list[str]) -> int:
+    parser = CommandParser(PIPELINE_DESCRIPTION)
+    parser.add_argument("--family", choices=["implicit_mamba2", "implicit_llama"], default="implicit_mamba2")
+    parser.add_argument("--stages", type=int, default=4, metavar="N", help="pipeline stages (default: 4)")
+    parser.add_argument("--layers", type=int, default=23, metavar="N", help="layers of the model (default: 23)")
+    parser.add_argument("--width", type=int, default=64, metavar="N", help="model width (default: 64)")
+    parser.add_argument("--vocabulary", type=int, default=4096, metavar="N", help="entries (default: 4096)")
+    parser.add_argument("--sequence-length", type=int, default=128, metavar="N", help="tokens (default: 128)")
+    parser.add_argument("--microbatches", type=int, default=64, metavar="N", help="of a step (default: 64)")
+    parser.add_argument("--solving", type=int, metavar="W", help="microbatches solving at once (default: 2P)")
+    parser.add_argument("--tolerance", type=float, default=0.05, help="of the free phase (default: 0.05)")
+    parser.add_argument("--trace", metavar="FILE", help="write the timelines as a Chrome trace")
+    parser.add_argument("--simulate", action="store_true", help="print the simulator's table instead")
+    parser.add_argument("--head", type=float, default=0.0, help="of --simulate: head over stack, forward (default: 0)")
+    options = parser.parse_args(arguments)
+    if options.simulate:
+        from megatron_implicit.planning.bubbles import bubble_table
+
+        print(json.dumps(list(bubble_table(options.microbatches, options.head)), indent=1))
+        return 0
+    if options.stages < 2:
+        parser.error(f"--stages {options.stages}: a pipeline has at least 2")
+    if "RANK" not in os.environ:
+        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.stages), __file__]
+        os.execv(sys.executable, [sys.executable, *command, "pipeline", *arguments])
+
+    from megatron_implicit.device import prepare_megatron
+
+    prepare_megatron()
+    from megatron_implicit.comm.groups import place_from_environment
+    from megatron_implicit.config import config_from_dict
+    from megatron_implicit.schedules.timeline import write_trace
+    from megatron_implicit.training.pipeline_benchmark import PipelineBenchmark
+
+    outcome = PipelineBenchmark(config_from_dict(_pipeline_configuration(options)), place_from_environment()).run()
+    if outcome is not None:
+        result, timelines = outcome
+        if options.trace:
+            write_trace(options.trace, timelines)
+        print(json.dumps(result, indent=1))
+    return 0
+
+
+def _pipeline_configuration(options) -> dict:
+    return {
+        "model": _model(options.family, options.width, options.layers, options.vocabulary),
+        "solver": {"max_iterations": 24, "phantom_steps": 4, "tolerance": options.tolerance},
+        "curriculum": [
+            {"name": "bounded", "start": 0.0, "max_iterations": 4, "phantom_steps": 1, "tolerance": 0.0},
+            {"name": "free", "start": 0.8},
+        ],
+        "parallel": {"pipeline": options.stages, "microbatches_in_flight": options.solving},
+        "data": {"sequence_length": options.sequence_length},
+        "train": {"steps": 1, "micro_batch_size": 1, "global_batch_size": options.microbatches},
+        "optimizer": {"learning_rate": 1e-3},
+    }
+
+
+def _model(family: str, width: int, layers: int, vocabulary: int) -> dict:
     model = {
-        "family": arguments.family, "size": "custom", "hidden_size": arguments.width, "num_layers": arguments.layers,
-        "vocab_size": 4096,
+        "family": family, "size": "custom", "hidden_size": width, "num_layers": layers, "vocab_size": vocabulary,
     }  # fmt: skip
-    if arguments.family.endswith("mamba2"):
-        model |= {"state_size": 64, "head_dim": 64, "scan_chunk_size": 64}
-    else:
-        model |= {"num_heads": max(1, arguments.width // 64)}
+    if family.endswith("mamba2"):
+        return model | {"state_size": 64, "head_dim": 64, "scan_chunk_size": 64}
+    return model | {"num_heads": max(1, width // 64)}
+
+
+def _configuration(arguments) -> dict:
     batch = max(1, arguments.tokens // arguments.sequence_length)
     return {
-        "model": model,
+        "model": _model(arguments.family, arguments.width, arguments.layers, vocabulary=4096),
         "data": {"sequence_length": arguments.sequence_length},
         "train": {"steps": 1, "micro_batch_size": batch, "global_batch_size": batch, "precision": arguments.precision},
         "optimizer": {"learning_rate": 1e-3},

@@ -39,7 +39,8 @@ def main() -> int:
     config = load_config(["--config", options.config, *overrides])
     planner = Planner(config, _cluster(options, config.train.precision), _evaluations(options.evaluations))
     if options.this_layout:
-        found = Found([planner.plan(layout_of(config, planner.cluster))], 1, 1)
+        layers = tuple(config.parallel.layers_per_stage)
+        found = Found([planner.plan(layout_of(config, planner.cluster), layers)], 1, 1)
     else:
         found = best_plans(planner, options.top)
     if options.json:
@@ -70,6 +71,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--compute-efficiency", type=float, metavar="SHARE", help="of the peak, in matrix products")
     parser.add_argument("--memory-efficiency", type=float, metavar="SHARE", help="of the memory bandwidth")
     parser.add_argument("--link-efficiency", type=float, metavar="SHARE", help="of the links' bandwidths")
+    parser.add_argument("--layer-overhead-us", type=float, metavar="N", help="of a layer's forward pass (default: 0)")
     parser.add_argument("--reserved-memory", type=float, metavar="SHARE", help="of the memory, that a plan leaves free")
     return parser
 
@@ -79,6 +81,8 @@ def _cluster(options, precision: str):
 
     names = ("compute_efficiency", "memory_efficiency", "link_efficiency", "reserved_memory")
     assumed = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.layer_overhead_us is not None:
+        assumed["layer_overhead"] = options.layer_overhead_us * 1e-6
     return Cluster.of_device(
         options.device, precision, assumed=Assumptions(**assumed),
         nodes=options.nodes, devices=options.gpus_per_node,

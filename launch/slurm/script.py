@@ -19,6 +19,8 @@ class JobScript:
 
     body: Path
     """One of SLURM/*.sbatch."""
+    cluster: Cluster
+    """Where it goes; its own arguments of sbatch come last and win."""
     name: str
     """The job's name: one run's jobs share it, and no two of them run at once."""
     comments: Sequence[str]
@@ -33,7 +35,8 @@ class JobScript:
     def text(self) -> str:
         """The whole script."""
         header = ["#!/usr/bin/env bash", *(f"# {line}".rstrip() for line in self.comments), ""]
-        header += [f"#SBATCH {option}" for option in (f"--job-name={self.name}", *self.options)]
+        options = (f"--job-name={self.name}", *self.options, *shlex.split(self.cluster.sbatch_arguments))
+        header += [f"#SBATCH {option}" for option in options]
         header += ["", *(f"export {name}={shlex.quote(value)}" for name, value in self.variables.items())]
         header += [*self._set_arguments(), ""]
         body = self.body.read_text(encoding="utf-8").partition(BODY)
@@ -43,10 +46,12 @@ class JobScript:
         if len(self.arguments) == 1:
             return [f"set -- {shlex.join(self.arguments[0])}"]
         cases = [f"    {index}) set -- {shlex.join(words)} ;;" for index, words in enumerate(self.arguments)]
-        return ['case ${SLURM_ARRAY_TASK_ID:-0} in', *cases, "esac"]
+        return ["case ${SLURM_ARRAY_TASK_ID:-0} in", *cases, "esac"]
 
 
-def resources(cluster: Cluster, nodes: int, time: str, *, ranks: int | None = None, gpus: int | None = None) -> list[str]:
+def resources(
+    cluster: Cluster, nodes: int, time: str, *, ranks: int | None = None, gpus: int | None = None
+) -> list[str]:
     """sbatch's options for some nodes of a cluster.
 
     Args:
@@ -69,4 +74,4 @@ def resources(cluster: Cluster, nodes: int, time: str, *, ranks: int | None = No
     options.append(f"--time={time}")
     named = ("account", "partition", "qos", "constraint")
     options += [f"--{name}={getattr(cluster, name)}" for name in named if getattr(cluster, name)]
-    return options + shlex.split(cluster.sbatch_arguments)
+    return options

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,16 @@ class Platform:
             return torch.cuda.max_memory_allocated()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def memory_bytes(self) -> int:
+        """Memory this process holds now: allocated on the device, or anonymous and resident on a CPU."""
+        if self.device_type == "cuda":
+            return torch.cuda.memory_allocated()
+        try:
+            lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        except OSError:  # not on Linux
+            return self.peak_memory_bytes()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
     def time_mark(self) -> Any:
         """This moment: on a GPU an event in the current stream, which costs microseconds and waits for nothing."""

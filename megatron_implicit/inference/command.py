@@ -11,6 +11,7 @@ from typing import Any, Callable, Optional, Protocol
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from megatron_implicit.config import Config
 from megatron_implicit.data.tokenizers import Tokenizer
@@ -110,7 +111,7 @@ class GenerateCommand:
             try:
                 self.generate([Prompt.of_text(text, self.tokenizer)])
             except CapacityError as error:
-                self._console().print(f"error: {error}")
+                self._console().print(Text(f"error: {error}"), soft_wrap=True)
 
     def _check_cache(self, prompts: list[Prompt]) -> None:
         capacity = self.arguments.cache_tokens

@@ -7,7 +7,6 @@ import statistics
 from typing import Optional, Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.text import Text
 
 from megatron_implicit.data.tokenizers import Tokenizer
@@ -43,7 +42,7 @@ class GenerationPrinter:
     def begin(self, prompt: str, ids: list[int], title: Optional[str] = None) -> None:
         """Prints a prompt, under a title where there are several."""
         if title is not None:
-            self._console.print(f"[dim]── {escape(title)} ──[/dim]")
+            self._console.print(Text(f"── {title} ──", style="dim"))
         self._console.print(Text(prompt, style="dim" if self._show_iterations else ""), end="", soft_wrap=True)
         self._stream = TextStream(self._tokenizer, ids) if self._tokenizer is not None else None
         self._most = 0
@@ -60,13 +59,13 @@ class GenerationPrinter:
         self._print(self._stream.flush() if self._stream is not None else "")
         self._console.print()
         if self._show_iterations and generation.tokens:
-            self._console.print(f"[dim]{summary(generation)}[/dim]", soft_wrap=True)
+            self._console.print(Text(summary(generation), style="dim"), soft_wrap=True)
 
     def legend(self) -> None:
         """Says what the colours mean."""
         if not self._show_iterations or self._console.color_system is None:
             return
-        line = Text("evaluations a token: ", style="dim")
+        line = Text().append("evaluations a token: ", style="dim")
         lows = [1, *(bound + 1 for bound in _BOUNDS)]
         for low, high, style in zip(lows, _BOUNDS, _STYLES):
             line.append(f"{low} " if low == high else f"{low}–{high} ", style=style)

@@ -33,11 +33,13 @@ def find_tokenizer(folder: Path, data: DataConfig, given: Optional[str] = None) 
     for name in TOKENIZER_NAMES:
         if (folder / name).is_file():
             return load_tokenizer(folder / name)
+    if (folder / "config.json").is_file():  # a model folder of another format, whose data we know nothing about
+        raise DataError(f"no {' or '.join(TOKENIZER_NAMES)} in {folder}: name the model's tokenizer with --tokenizer")
     try:
         return open_tokenizer(data)
     except (DataError, OSError):
         place = data.tokenizer or data.path
-        raise DataError(f"no tokenizer in {folder} or with the data at {place}: name its file with --tokenizer") from None
+        raise DataError(f"no tokenizer in {folder} or with the data at {place}: name one with --tokenizer") from None
 
 
 class TextStream:

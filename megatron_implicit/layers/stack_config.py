@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megatron_implicit.config import Config
+from megatron_implicit.config.resolve import even_stages
 from megatron_implicit.device import prepare_megatron
 
 prepare_megatron()
@@ -88,14 +89,15 @@ def stack_config(config: Config) -> StackConfig:
     from megatron_implicit.comm.partition import partition
 
     model, parallel = config.model, config.parallel
+    layers_per_stage = parallel.layers_per_stage or even_stages(model.num_layers, parallel.pipeline)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     common = dict(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
-        pipeline_model_parallel_layout=_megatron_layout(parallel.layers_per_stage),
-        layers_per_stage=parallel.layers_per_stage,
+        pipeline_model_parallel_layout=_megatron_layout(layers_per_stage),
+        layers_per_stage=layers_per_stage,
         sequence_parallel=parallel.sequence,
         params_dtype=dtype,
         pipeline_dtype=torch.float32,

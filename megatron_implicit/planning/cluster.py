@@ -19,6 +19,9 @@ class Assumptions:
     """Share of the memory bandwidth that element-wise work reaches."""
     link_efficiency: float = 0.7
     """Share of a link's bandwidth that collectives and messages reach."""
+    layer_overhead: float = 0.0
+    """Seconds of a layer's forward pass on top of products and traffic, where a device waits for the host to launch
+    its many small kernels."""
     reserved_memory: float = 0.1
     """Share of the device memory left to the allocator's gaps, the collectives' buffers and the device's context."""
     decision: float = 30e-6

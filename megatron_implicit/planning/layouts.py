@@ -28,10 +28,20 @@ class Layout:
     limits: Optional[Limits] = None
     """W, G, g of the recirculating schedule; None where it does not run."""
 
-    @property
-    def label(self) -> str:
-        """For messages: 't2 p4 d4 mb2'."""
-        return f"t{self.tensor} p{self.pipeline} d{self.data} mb{self.micro_batch_size}"
+    def arguments(self, layers: tuple[int, ...]) -> list[str]:
+        """What launch/pretrain.py is told to take this layout."""
+        values: dict[str, object] = {
+            "parallel.tensor": self.tensor,
+            "parallel.sequence": str(self.sequence).lower(),
+            "parallel.recompute": self.recompute,
+            "parallel.pipeline": self.pipeline,
+            "train.micro_batch_size": self.micro_batch_size,
+        }
+        if self.pipeline > 1:
+            values["parallel.layers_per_stage"] = "[" + ",".join(map(str, layers)) + "]"
+        if self.limits is not None:
+            values["parallel.microbatches_in_flight"] = self.limits.solving
+        return [f"--{key}={value}" for key, value in values.items()]
 
     def microbatches(self, config: Config) -> int:
         """M of a replica."""
@@ -39,7 +49,7 @@ class Layout:
 
 
 def layout_of(config: Config, cluster: Cluster) -> Layout:
-    """The configuration's own layout on a cluster.
+    """The configuration's own layout on a cluster; ``parallel.layers_per_stage`` has its layers.
 
     Raises:
         ConfigError: it does not fit the cluster's devices or the batch.

@@ -87,8 +87,10 @@ def _local(config: Config, layout: Layout, layers: int, solver: SolverConfig, fi
 
 
 def _pipelined(config: Config, layout: Layout, layers: int, solver: SolverConfig, first: bool, last: bool) -> dict:
-    """The recirculating schedule: x and u for W + G microbatches, G·k graphs, du for G; the judge has z, best and F(z)
-    for W and G heads; stage 0 parks z of up to W + G. 1F1B: graphs of P - p microbatches."""
+    """The recirculating schedule: x and u for the W + G microbatches in flight, G·k graphs with what they gave, du for
+    G; what was sent last of each microbatch in both directions. The judge has z, best and F(z) for W, z after each pass
+    with gradient and the loss's gradient for G, one head at a time; stage 0 the embedding's graph and parked z.
+    1F1B: graphs of up to P microbatches."""
     token = token_bytes(config, layout.tensor, layout.sequence)
     tokens = layout.micro_batch_size * config.data.sequence_length
     one_pass = pass_bytes(token, layers, layout.recompute, last=last)
@@ -100,14 +102,15 @@ def _pipelined(config: Config, layout: Layout, layers: int, solver: SolverConfig
             "working": tokens * working,
         }
     limits, k = layout.limits, gradient_passes(config, solver)
-    flying = limits.in_flight * (token.embedding + token.injection) + limits.graphs * (
-        token.injection + token.injection_graph
-    )
-    flying += 4 * token.layer_input  # two messages in each direction
+    flying = limits.in_flight * (token.embedding + token.injection) + limits.graphs * token.injection
+    iterates = limits.in_flight + limits.graphs + k * limits.graphs
     if first:
-        flying += limits.in_flight * token.layer_input
+        flying += limits.in_flight * token.injection_graph
+        iterates += limits.in_flight
     if last:
-        flying += 3 * limits.solving * token.layer_input + limits.graphs * token.head
+        iterates += 3 * limits.solving + (k + 1) * limits.graphs
+        working += token.head
+    flying += iterates * token.layer_input
     return {"graphs": tokens * limits.graphs * k * one_pass, "in_flight": tokens * flying, "working": tokens * working}
 
 

@@ -126,7 +126,7 @@ class Planner:
         for phase, evaluations in zip(self.phases, self.evaluations):
             passes = gradient_passes(self.config, phase.solver)
             costs = timing.stage(1, phase.solver, first=False, last=True)
-            last = costs.judge * (evaluations.mean + passes) + costs.head + costs.head_backward
+            last = costs.judge * (evaluations.mean + passes) + costs.head
             work.append(Work(phase.share, _layer_work(costs, evaluations.mean, passes), last))
         return balanced_layers(self.config.model.num_layers, layout.pipeline, work)
 
@@ -228,7 +228,7 @@ class _Step:
         """Seconds each stage computes in a step."""
         mean, k = self.evaluations.mean, self.gradient_passes
         ends = [
-            (mean + k) * costs.judge + costs.admission + costs.admission_backward + costs.head + costs.head_backward
+            (mean + k) * costs.judge + costs.admission + costs.admission_backward + costs.head
             for costs in self.stages
         ]
         layers = (_layer_work(costs, mean, k) for costs in self.stages)

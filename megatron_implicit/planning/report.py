@@ -24,8 +24,12 @@ def print_found(planner: Planner, found: Found) -> None:
     console.print(_layout_table(planner, found.plans))
     if len(found.plans) < found.possible:
         console.print(f"{len(found.plans)} of {found.feasible} layouts that fit; {found.possible} divide the job")
-    console.print(_phase_table(found.plans[0]))
-    console.print(_memory_table(found.plans[0]))
+    best = found.plans[0]
+    console.print(_phase_table(best))
+    console.print(_memory_table(best))
+    console.print("to take it: " + " ".join(best.layout.arguments(best.layers)), soft_wrap=True)
+    if not planner.fits(best.layout, best.layers):
+        console.print(f"it does not fit: {planner.memory_left() / GB:.1f} GB of a device are for use")
     console.print("predicted, not measured: docs/planning.md has every formula; training steps alone")
 
 
@@ -42,17 +46,19 @@ def as_dict(planner: Planner, found: Found) -> dict[str, Any]:
         "cluster": asdict(cluster),
         "feasible": found.feasible,
         "possible": found.possible,
-        "plans": [_plan_dict(config, cluster, plan) for plan in found.plans],
+        "plans": [_plan_dict(planner, plan) for plan in found.plans],
     }
 
 
-def _plan_dict(config: Config, cluster: Cluster, plan: Plan) -> dict[str, Any]:
-    layout = asdict(plan.layout) | {"layers": list(plan.layers), "microbatches": plan.layout.microbatches(config)}
+def _plan_dict(planner: Planner, plan: Plan) -> dict[str, Any]:
+    microbatches = plan.layout.microbatches(planner.config)
     return {
-        "layout": layout,
+        "layout": asdict(plan.layout) | {"layers": list(plan.layers), "microbatches": microbatches},
+        "arguments": plan.layout.arguments(plan.layers),
         "gpu_hours": plan.gpu_hours,
-        "days": plan.days(cluster),
+        "days": plan.days(planner.cluster),
         "memory_bytes": plan.memory.total,
+        "fits": planner.fits(plan.layout, plan.layers),
         "phases": [_phase_dict(cost) for cost in plan.phases],
     }
 
@@ -65,11 +71,9 @@ def _phase_dict(cost: PhaseCost) -> dict[str, Any]:
 
 def _headline(config: Config, cluster: Cluster) -> str:
     model, train = config.model, config.train
-    return (
-        f"{model.family} {model.size}, {train.precision}, {train.tokens / 1e9:,.1f}B tokens in {train.steps:,} steps of "
-        f"{train.global_batch_size} x {config.data.sequence_length}, on {cluster.nodes} x {cluster.devices} "
-        f"{cluster.device}"
-    )
+    run = f"{model.family} {model.size}, {train.precision}, {train.tokens / 1e9:,.1f}B tokens in {train.steps:,} steps"
+    batch = f"{train.global_batch_size} x {config.data.sequence_length}"
+    return f"{run} of {batch}, on {cluster.nodes} x {cluster.devices} {cluster.device}"
 
 
 def _layout_table(planner: Planner, plans: list[Plan]) -> Table:

@@ -64,10 +64,11 @@ class Timing:
 
     @property
     def layer(self) -> float:
-        """A forward pass: its products, its weights read once, and every byte it would keep written and read."""
+        """A forward pass: its products, its weights read once, every byte it would keep written and read, overhead."""
         flops = self.flops.stack / self.config.model.num_layers
         weights = layer_parameters(self.config, self.layout.tensor).stored_bytes(element_bytes(self.config))
-        return self.product(flops) + self.traffic(weights + 2 * self.token.layer * self.tokens)
+        moved = self.traffic(weights + 2 * self.token.layer * self.tokens)
+        return self.product(flops) + moved + self.cluster.assumed.layer_overhead
 
     @property
     def layer_collectives(self) -> float:
@@ -108,8 +109,6 @@ class Timing:
         if self.config.implicit and self.layout.sequence:
             injection += self.tensor_collective(self.hidden, 1)
         embedding = self.tensor_collective(self.hidden, 2) if first else 0.0
-        logits = 2 * (self.token.head + self.token.head_working) * self.tokens
-        head = self.product(self.flops.head) + self.traffic(logits)
         return StageCosts(
             solve=forward,
             phantom=forward,
@@ -117,9 +116,15 @@ class Timing:
             admission=injection + embedding,
             admission_backward=2 * injection,
             judge=self.judge(solver) if last else 0.0,
-            head=head + 3 * self.tensor_collective(4 * self.tokens, 2) if last else 0.0,
-            head_backward=2 * head + self.tensor_collective(self.hidden, 2) if last else 0.0,
+            head=self.head() if last else 0.0,
         )
+
+    def head(self) -> float:
+        """Logits and loss, and their backward pass, twice the work; the softmax all-reduces three numbers a token, the
+        backward pass the gradient of its input."""
+        logits = 2 * (self.token.head + self.token.head_working) * self.tokens
+        forward = self.product(self.flops.head) + self.traffic(logits)
+        return 3 * forward + 3 * self.tensor_collective(4 * self.tokens, 2) + self.tensor_collective(self.hidden, 2)
 
     def judge(self, solver: SolverConfig) -> float:
         """Final norm, residual, best iterate: ten times an iterate's bytes; the host's answer where one is waited for;

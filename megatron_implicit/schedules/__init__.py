@@ -13,8 +13,9 @@ decides what enters. Several microbatches circulate at once, each with as many e
 does next, as a pure function of the messages it got: the driver and the simulator both run it; ``compute`` what the
 driver asks of a stage's arithmetic; ``tape`` the answer for any model, with the autograd bookkeeping; ``model_stage``
 a stage of ours; ``driver`` the loop over a channel (``comm.channel``); ``farewell`` how all ranks end when one must;
-``recirculating`` the whole, in the place of Megatron-Core's forward-backward function. May import what ``models`` may,
-``models``, ``telemetry`` and ``data``.
+``recirculating`` the whole, in the place of Megatron-Core's forward-backward function. ``simulator`` runs the logic of
+all stages with a clock: ``costs`` says how long tasks and messages take, ``timeline`` what the stages did, simulated
+or recorded. May import what ``models`` may, ``models``, ``telemetry`` and ``data``.
 """
 
 from megatron_implicit.schedules.compute import Outcome, StageCompute

@@ -35,9 +35,8 @@ class StageCosts:
     judge: float = 0.0
     """Last stage, on top of every forward pass: final norm, residual, decision."""
     head: float = 0.0
-    """Last stage, on top of a microbatch's last pass with gradient: logits and loss."""
-    head_backward: float = 0.0
-    """Last stage, on top of its first backward pass."""
+    """Last stage, on top of a microbatch's last pass: logits and loss, with their backward pass at once if there is
+    one."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +53,16 @@ class PartCosts:
 
     def seconds(self, stage: int, task: Message) -> float:
         """Of computing ``task`` on ``stage``."""
-        costs, is_judge = self.stages[stage], stage == self.plan.stages - 1
-        final = task.evaluation == self.plan.passes - 1
+        costs = self.stages[stage]
         if task.kind is Kind.BACKWARD:
-            head = costs.head_backward if is_judge and final else 0.0
-            return costs.backward + head + (costs.admission_backward if task.evaluation == 0 else 0.0)
+            return costs.backward + (costs.admission_backward if task.evaluation == 0 else 0.0)
         total = costs.phantom if task.kind is Kind.PHANTOM else costs.solve
         if self.plan.admits(task):
             total += costs.admission
-        if is_judge:
-            total += costs.judge
-            # An inference solve ends with its output pass, whose logits the head computes.
-            if task.kind is Kind.OUTPUT or (task.kind is Kind.PHANTOM and final):
-                total += costs.head
-        return total
+        if stage < self.plan.stages - 1:
+            return total
+        last = task.kind is Kind.PHANTOM and task.evaluation == self.plan.passes - 1
+        return total + costs.judge + (costs.head if last or task.kind is Kind.OUTPUT else 0.0)
 
 
 class MeasuredCosts:
@@ -94,6 +89,14 @@ class MeasuredCosts:
             KeyError: none was recorded.
         """
         return self._medians[self._group(stage, task)]
+
+    def by_stage(self) -> list[dict[str, float]]:
+        """The medians for people to read, by stage and sort of task."""
+        stages: list[dict[str, float]] = [{} for _ in range(self._plan.stages)]
+        for (stage, kind, first, last), seconds in sorted(self._medians.items()):
+            words = [kind.name.lower(), *["first"] * first, *["last"] * last]
+            stages[stage][" ".join(words)] = seconds
+        return stages
 
     def _group(self, stage: int, task: Message) -> tuple:
         return stage, task.kind, task.evaluation == 0, task.evaluation == self._plan.passes - 1 and task.kind in (

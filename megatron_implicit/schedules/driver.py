@@ -125,8 +125,9 @@ class Driver:
 
     def _send(self, send: Send, tensors: list[Tensor]) -> None:
         message, receiver = send
-        if len(tensors) != self._plan.tensors(message, receiver):
-            raise ProtocolError(f"stage {self._stage} has {len(tensors)} tensors to send for {message}")
+        ready = [TensorSpec(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        if ready != self._specs(message, receiver):  # a transfer of another size would go wrong without a word
+            raise ProtocolError(f"stage {self._stage} has {ready} to send for {message}, not what is awaited")
         direction = _direction(message)
         header = Header(
             0, self._sent[direction], message.microbatch, message.kind, message.evaluation, len(tensors)
@@ -156,7 +157,7 @@ class Driver:
         message = self._check(direction, header, sender)
         self._logic.receive(message)
         with timed_as("communication"):
-            self._payloads[message] = self._channel.payload(direction, self._specs(message))
+            self._payloads[message] = self._channel.payload(direction, self._specs(message, self._stage))
         self._latest = message
         self._channel.received(direction, message.microbatch)  # what was sent before this came round has arrived
         if self._plan.admits(message):
@@ -179,10 +180,10 @@ class Driver:
             )
         return message
 
-    def _specs(self, message: Message) -> list[TensorSpec]:
+    def _specs(self, message: Message, receiver: int) -> list[TensorSpec]:
         compute = self._compute
         second = compute.embedding if message.kind.forwards else compute.embedding_gradient
-        return [compute.iterate, second][: self._plan.tensors(message, self._stage)]
+        return [compute.iterate, second][: self._plan.tensors(message, receiver)]
 
     def _settle_before(self, admitted: int) -> None:
         """An admission tells that as many microbatches before it as are not in flight have ended on all stages."""

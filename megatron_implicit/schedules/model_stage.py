@@ -52,7 +52,8 @@ class ModelStage:
         return self._model.decoder.begin_normed(x, weights=self._weights.bound).injection
 
     def evaluate(self, h: Tensor, u: Tensor) -> Tensor:
-        return self._model.decoder.evaluate(h, Pass(weights=self._weights.bound, injection=u), self._rotary)
+        h = self._model.decoder.evaluate(h, Pass(weights=self._weights.bound, injection=u), self._rotary)
+        return h.to(self.iterate.dtype)  # with bf16 parameters Megatron-Core's layers end in bf16
 
     def start(self, microbatch: int) -> FixedPointSolve:
         device = next(self._model.parameters()).device

@@ -95,8 +95,9 @@ def _activations(config: Config, plan: StagePlan, solver: SolverConfig) -> int:
     iterates = limits.in_flight * stage.is_first + 3 * limits.solving * stage.is_last  # parked; z, F(z), best
     return (
         limits.in_flight * kept.microbatch
-        + limits.graphs * (passes * kept.one_pass + head)
+        + limits.graphs * passes * kept.one_pass
         + iterates * kept.iterate
+        + head  # runs forwards and at once backwards
     )
 
 

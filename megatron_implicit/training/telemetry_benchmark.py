@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import tempfile
 import threading
 import time
@@ -19,10 +20,10 @@ from megatron_implicit.telemetry.catalogue import RUN_METRICS
 from megatron_implicit.telemetry.line_file import LineFile
 from megatron_implicit.telemetry.sinks import Identity, SinkThreads, standard_sinks
 from megatron_implicit.telemetry.timing import StepClock
-from megatron_implicit.training.benchmark import TrainStepBenchmark, interleaved_medians
+from megatron_implicit.training.benchmark import TrainStepBenchmark
 from megatron_implicit.training.solver_statistics import OWN_FIELDS
 
-RECORDS = 300
+RECORDS = 100
 """Steps that are handed to the sinks alone, to measure what their threads compute."""
 SCRAPE_S = 1.0
 """Seconds between a Prometheus' looks; five times as often as the dashboard's."""
@@ -47,8 +48,9 @@ class TelemetryBenchmark:
     def run(self, repeats: int) -> dict[str, Any]:
         """Seconds of a step, of telemetry on its thread and on the sinks' threads, and their shares of the step.
 
-        ``share`` is the bar: all of it, as if no core were free for the sinks' threads. ``interleaved_ratio`` is the
-        same from steps with and without telemetry in turn, as far as the machine's noise lets it be seen.
+        On a CPU these are seconds of the processor, which another program's load does not change. ``share`` is the
+        bar: all of it, as if no core were free for the sinks' threads. ``interleaved_ratio`` says the same by steps
+        with and without telemetry in turn.
         """
         with tempfile.TemporaryDirectory(prefix="megatron_implicit-telemetry-") as folder:
             os.environ.setdefault("WANDB_SILENT", "true")
@@ -57,10 +59,10 @@ class TelemetryBenchmark:
             stop = self._scrape(Path(folder) / "targets")
             self._settle()
             background = self._background_cost()
-            bare, told = interleaved_medians([self._step.solve, self._told_step], repeats)
+            bare, told = self._interleaved(repeats)
             stop.set()
             self._sinks.close(30)
-        on_thread = sorted(self._spent)[len(self._spent) // 2] + self._switching_cost()
+        on_thread = statistics.median(self._spent) + self._switching_cost()
         return {
             "device": current_platform().name,
             "torch": torch.__version__,
@@ -84,12 +86,29 @@ class TelemetryBenchmark:
         )  # fmt: skip
         return standard_sinks(telemetry, identity, LineFile(folder / "metrics.jsonl"))
 
+    @staticmethod
+    def _now() -> float:
+        return time.process_time() if current_platform().device_type == "cpu" else time.perf_counter()
+
+    def _interleaved(self, repeats: int) -> list[float]:
+        """Median seconds of a step without and with telemetry."""
+        times: list[list[float]] = [[], []]
+        for number in range(repeats + 1):
+            for step, measured in zip((self._step.solve, self._told_step), times):
+                current_platform().synchronize()
+                began = self._now()
+                step()
+                current_platform().synchronize()
+                if number:  # the first round warms up
+                    measured.append(self._now() - began)
+        return [statistics.median(measured) for measured in times]
+
     def _told_step(self) -> None:
         with self._clock.step():
             self._step.solve()
-        began = time.perf_counter()
+        began = time.thread_time()
         self._tell(self._clock.times)
-        self._spent.append(time.perf_counter() - began)
+        self._spent.append(time.thread_time() - began)
 
     def _tell(self, times: Any) -> None:
         self._steps += 1
@@ -114,12 +133,12 @@ class TelemetryBenchmark:
 
     def _switching_cost(self) -> float:
         """Seconds of the clock's marks in one step of this size: one a collective or part, far fewer than 100."""
-        began = time.perf_counter()
+        began = time.thread_time()
         with self._clock.step():
             for _ in range(50):
                 self._clock.switch("solve")
                 self._clock.switch("communication")
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     @staticmethod
     def _scrape(targets: Path) -> threading.Event:

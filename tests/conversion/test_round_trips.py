@@ -64,7 +64,8 @@ LAYOUTS = [
 def test_a_training_layout_in_between_changes_nothing(pool, tmp_path: Path, family: str, layout: traces.Layout) -> None:
     reference = folders.write_reference(tmp_path / "reference", family)
     middle = folders.converted(reference, "reference", "megatron", tmp_path / "middle")
-    pool(layout.tensor * layout.pipeline).run(resave, str(middle), str(tmp_path / "checkpoints"), layout)
+    processes = layout.tensor * layout.pipeline
+    pool(processes).run(resave, str(middle), str(tmp_path / "checkpoints"), layout, timeout=300)
     back = folders.converted(tmp_path / "checkpoints", "megatron", "reference", tmp_path / "back")
     assert folders.same_tensors(back, goldens.state_dict(family))
     assert folders.config_json(back) == folders.config_json(reference)

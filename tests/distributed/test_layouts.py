@@ -173,6 +173,7 @@ def test_a_checkpoint_continues_on_another_layout(
 
 OWN_LAYOUTS = {
     "TP2+SP": SEQUENCE,
+    "PP2": traces.Layout(pipeline=2),
     "DP2 distributed optimizer": SHARDED,
     "DP2 bf16": traces.Layout(precision="bf16"),
 }

@@ -121,6 +121,23 @@ def relative_distance(values: dict[str, torch.Tensor], expected: dict[str, torch
     )
 
 
+@pytest.mark.parametrize("family", [MAMBA2, pytest.param(LLAMA, marks=LONG)])
+def test_bf16_training_on_stages_follows_one_process(pool, one_process: None, family: str) -> None:
+    """x travels in bf16, iterates and gradients in fp32."""
+    expected = first_steps(family, traces.Layout(precision="bf16"))
+    for trace in pool(2).run(first_steps, family, traces.Layout(pipeline=2, precision="bf16")):
+        assert trace.losses == pytest.approx(expected.losses, rel=1e-3)
+        assert trace.grad_norms == pytest.approx(expected.grad_norms, rel=1e-2)
+        assert trace.evaluations == expected.evaluations
+
+
+def first_steps(family: str, layout: traces.Layout) -> traces.Trace:
+    """Five steps of the bounded phase."""
+    config = layout.apply(pipeline_config(family))
+    tokens = torch.from_numpy(goldens.arrays(f"{family}_training")["tokens"])[:5]
+    return traces.train(config, traces.prepare(config, None), tokens)
+
+
 GOLDEN = {
     "PP2": (2, traces.Layout(pipeline=2)),
     "TP2xPP2": (4, traces.Layout(tensor=2, pipeline=2)),

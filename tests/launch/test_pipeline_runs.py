@@ -20,7 +20,9 @@ SAME = ("iterations_mean", "iterations_max", "evaluations_mean", "evaluations_ma
 CLOSE = ("loss", "grad_norm", "residual_mean", "residual_max", "token_residual_p50", "token_residual_p100")
 
 
-@pytest.mark.parametrize("family", ["implicit_mamba2", "explicit_mamba2"])
+@pytest.mark.parametrize(
+    "family", ["implicit_mamba2", pytest.param("explicit_mamba2", marks=pytest.mark.acceptance)]
+)
 def test_two_stages_write_what_one_process_writes(runs: Runs, family: str) -> None:
     one = "whole"
     if family != "implicit_mamba2":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -56,13 +57,20 @@ def test_a_run_that_crashes_twice_resumes_bit_for_bit_from_its_last_checkpoint(r
     assert [runs.metrics("crashed")[step]["attempt"] for step in (0, 1, 3, 4, 8)] == [1, 1, 1, 2, 2]
 
 
-def test_a_run_resumes_on_two_tensor_ranks(runs: Runs) -> None:
-    runs.start("widened", "--train.stop_after_steps", "3")
-    job = runs.start("widened", "--parallel.tensor", "2", "--parallel.sequence", "true", processes=2)
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_a_run_resumes_on_two_ranks(runs: Runs, layout: str) -> None:
+    name, sequence = f"on two {layout} ranks", ("--parallel.sequence", "true") if layout == "tensor" else ()
+    runs.start(name, "--train.stop_after_steps", "3")
+    job = runs.start(name, f"--parallel.{layout}", "2", *sequence, processes=2)
     assert job.code == 0, job.output
-    for (loss, norm, _), (expected, expected_norm, _) in zip(runs.losses("widened"), runs.losses("whole"), strict=True):
-        assert loss == pytest.approx(expected, rel=1e-5)
-        assert norm == pytest.approx(expected_norm, rel=1e-4)
+    for (loss, norm, held_out), expected in zip(runs.losses(name), runs.losses("whole"), strict=True):
+        assert loss == pytest.approx(expected[0], rel=1e-5)
+        assert norm == pytest.approx(expected[1], rel=1e-4)
+        assert (held_out is None) == (expected[2] is None)
+        assert held_out is None or held_out == pytest.approx(expected[2], rel=1e-5)
+    for step, metrics in runs.metrics(name).items():
+        for key in ("iterations_max", "evaluations_mean", "residual_mean") if step else ():
+            assert metrics[key] == pytest.approx(runs.metrics("whole")[step][key], rel=1e-3), key
 
 
 def test_a_finished_run_has_nothing_left_to_do(runs: Runs) -> None:
@@ -126,6 +134,17 @@ def test_a_dry_run_prints_parameters_memory_and_flops(runs: Runs) -> None:
     for words in ("injection", "total", "bounded (3+1)", "free (12+2)", "FLOPs"):
         assert words in job.output
     assert not (runs.folder / "dry").exists()
+
+
+def test_a_dry_run_counts_every_parameter_once_on_stages(runs: Runs) -> None:
+    model = ("--model.family", "implicit_mamba2", "--model.num_layers", "3")
+    jobs = [runs.start("dry", "--dry-run", *model, "--parallel.pipeline", stages) for stages in ("1", "2")]
+    assert [job.code for job in jobs] == [0, 0], jobs[1].output
+    one, two = (re.search(r"total +│ +([\d,]+) │ +([\d,]+) │(?: +([\d,]+) │)?", job.output).groups() for job in jobs)
+    assert one[0] == one[1] == two[0]  # the whole model
+    whole, first, last = (int(count.replace(",", "")) for count in two)
+    assert first + last > whole > first > last  # copies of embedding and injection; the last stage has a layer less
+    assert "pipeline 2 (4 microbatches solving)" in jobs[1].output
 
 
 def test_a_run_starts_from_converted_weights(runs: Runs, one_process: None) -> None:

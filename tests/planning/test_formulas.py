@@ -15,30 +15,40 @@ from tests import goldens, traces
 SEQUENCE, BATCH = 32, 2
 
 
-def _local_parameters(family: str, tensor: int) -> tuple[int, int]:
+def _local_parameters(family: str, tensor: int, layers: tuple[int, ...]) -> tuple[int, int]:
     """(parameters, bytes) of this rank."""
-    config = traces.Layout(tensor=tensor).apply(goldens.golden_config(family))
+    layout = traces.Layout(tensor, len(layers), list(layers))
+    config = layout.apply(goldens.golden_config(family))
     config.train.precision = "bf16"
     start_model_parallel(config.parallel)
     counts = count_parameters(build_model(config, initialise=False)).values()
     return sum(count.local for count in counts), sum(count.local_bytes for count in counts)
 
 
-def _predicted(family: str, tensor: int) -> tuple[int, int]:
+def _predicted(family: str, tensor: int, layers: tuple[int, ...], stage: int = 0) -> tuple[int, int]:
     config = goldens.golden_config(family)
     config.train.precision = "bf16"
-    parameters = stage_parameters(config, tensor, config.model.num_layers, first=True, last=True)
+    parameters = stage_parameters(config, tensor, layers[stage], first=stage == 0, last=stage == len(layers) - 1)
     return parameters.total, parameters.stored_bytes(element_bytes(config))
 
 
 @pytest.mark.parametrize("family", goldens.FAMILIES)
 def test_parameters_are_those_of_the_built_model(family: str, one_process: None) -> None:
-    assert _predicted(family, 1) == _local_parameters(family, 1)
+    layers = (goldens.golden_config(family).model.num_layers,)
+    assert _predicted(family, 1, layers) == _local_parameters(family, 1, layers)
 
 
 @pytest.mark.parametrize("family", goldens.FAMILIES)
 def test_parameters_of_a_tensor_parallel_rank(family: str, pool) -> None:
-    assert _predicted(family, 2) == pool(2).run(_local_parameters, family, 2)[0]
+    layers = (goldens.golden_config(family).model.num_layers,)
+    assert _predicted(family, 2, layers) == pool(2).run(_local_parameters, family, 2, layers)[0]
+
+
+@pytest.mark.parametrize("family", ["implicit_mamba2", "implicit_llama", "explicit_llama"])
+def test_parameters_of_pipeline_stages(family: str, pool) -> None:
+    layers = (1, goldens.golden_config(family).model.num_layers - 1)
+    built = pool(2).run(_local_parameters, family, 1, layers)
+    assert built == [_predicted(family, 1, layers, stage) for stage in range(2)]
 
 
 @pytest.mark.parametrize("family", goldens.IMPLICIT)

@@ -99,8 +99,9 @@ def test_the_search_is_exact_and_sorted() -> None:
 
 
 def test_memory_decides_what_is_recomputed_and_what_fits() -> None:
-    tight = best_plans(_planner("implicit_llama", "1.3b", "--model.num_layers", "96", memory_bytes=24e9), 1).plans[0]
-    assert tight.memory.total <= 0.9 * 24e9
+    deep = ("--model.num_layers", "96", "--train.global_batch_size", "16")
+    tight = best_plans(_planner("implicit_llama", "1.3b", *deep, nodes=1, memory_bytes=24e9), 1).plans[0]
+    assert tight.memory.total <= 0.9 * 24e9 and tight.layout.recompute != "none"
     with pytest.raises(ConfigError, match="no layout of implicit_llama 1.3b fits"):
         best_plans(_planner("implicit_llama", "1.3b", memory_bytes=1e9), 1)
 
@@ -109,6 +110,10 @@ def test_the_configurations_own_layout() -> None:
     planner = _planner()
     layout = layout_of(planner.config, planner.cluster)
     assert (layout.tensor, layout.pipeline, layout.data, layout.micro_batch_size) == (2, 1, 16, 2)
+    staged = Layout(2, 4, 4, 2, True, "layer", Limits.default(4, 12))
+    config = _planner("implicit_mamba2", "1.3b", *staged.arguments((13, 13, 13, 9))).config
+    assert layout_of(config, planner.cluster) == staged
+    assert config.parallel.layers_per_stage == [13, 13, 13, 9]
     with pytest.raises(ConfigError, match="multiple"):
         layout_of(planner.config, Cluster.of_device("H200", "bf16", nodes=1, devices=3, between=1e9))
 

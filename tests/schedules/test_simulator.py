@@ -89,7 +89,7 @@ def test_solves_first_on_the_last_stage_halve_the_bubble_of_a_head(monkeypatch: 
     """A head of a fifth of the stack, on a last stage with fewer layers so that all have the same work."""
     plan = StepPlan(4, 64, 1, Limits.default(4))
     others, last = 4 / 4 + 0.8 * 3 / 7 / 4, 4 / 4 - 0.8 * 3 / 7 * 3 / 4
-    judge = StageCosts(last, last, 2 * last, head=0.8, head_backward=1.6)
+    judge = StageCosts(last, last, 2 * last, head=2.4)
     parts = [StageCosts(others, others, 2 * others)] * 3 + [judge]
     bubbles = []
     for logic in (StageLogic, BackwardFirst):
@@ -109,7 +109,7 @@ def test_a_replay_with_the_same_costs_changes_nothing() -> None:
 
 def test_measured_costs_tell_injection_and_head_apart() -> None:
     plan = StepPlan(2, 6, 2, Limits.default(2))
-    parts = [StageCosts(1, 2, 3, admission=0.5, admission_backward=0.25, judge=0.1, head=4, head_backward=8)] * 2
+    parts = [StageCosts(1, 2, 3, admission=0.5, admission_backward=0.25, judge=0.1, head=12)] * 2
     costs = PartCosts(plan, parts)
     measured = MeasuredCosts(plan, simulate(plan, [3] * 6, costs).tasks)
     for stage in range(2):

@@ -1,7 +1,8 @@
-"""Training on a real Slurm with the shipped scripts: jobs that end well, and jobs that are stopped, killed or refused."""
+"""Training on a real Slurm with the shipped scripts: jobs that end well, and jobs stopped, killed or refused."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -142,6 +143,19 @@ def test_a_run_whose_job_and_then_one_rank_is_killed_goes_on_by_itself(
 def test_a_cancelled_job_stays_cancelled(runs: SubmittedRuns, stories: dict[str, Story]) -> None:
     assert stories["cancelled"].ends[0][0] == "CANCELLED", runs.log("cancelled")
     assert "requeued" not in runs.log("cancelled")
+
+
+def test_a_checkpoint_is_measured_by_a_job(cluster: Cluster, runs: SubmittedRuns, stories: dict[str, Story]) -> None:
+    folder, settings = runs.folder, runs.folder / "tools.env"
+    settings.write_text(f"{runs.cluster_file.read_text()}\nSBATCH_ARGUMENTS=--output={folder}/%x.out\n")
+    submitted = cluster.run(
+        "bash", REPOSITORY / "SLURM" / "submit.sh", "evaluate", "perplexity", "--checkpoint", folder / "runs" / "whole",
+        "--max-sequences", 2, "--json", folder / "perplexity.json", "--cluster", settings, PYTHON=sys.executable,
+    )  # fmt: skip
+    assert submitted.returncode == 0, submitted.stderr
+    job = submitted.stdout.split()[1].rstrip(":")
+    assert cluster.wait(job) == ("COMPLETED", "0:0"), (folder / "evaluate.out").read_text()
+    assert json.loads((folder / "perplexity.json").read_text())["perplexity"] > 1
 
 
 def test_torchrun_srun_and_mpirun_give_the_same_losses(runs: SubmittedRuns, stories: dict[str, Story]) -> None:

@@ -238,3 +238,32 @@ def test_residuals_are_reduced_before_any_decision() -> None:
 def test_an_unknown_override_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="solver override 'max_iter' is unknown: use one of max_iterations"):
         override(SolverConfig(), {"max_iter": 3})
+
+
+def test_padding_is_kept_out_of_residuals() -> None:
+    """Sample 1 has 2 of 5 tokens and sample 2 none; the others jump about for ever."""
+    counting = torch.arange(5)[:, None] < torch.tensor([5, 2, 0])
+
+    def function(z: Tensor, step: Step) -> Tensor:
+        image = affine([0.5, 0.1, -0.3])(z, step)
+        image[2:, 1] = 1.0 - z[2:, 1]
+        image[:, 2] = 1.0 - z[:, 2]
+        return image
+
+    machine = FixedPointSolve(INFERENCE, torch.zeros(SHAPE), counting=counting)
+    z = drive(machine, function)
+    trace = machine.trace()
+    assert trace.converged.all()
+    assert trace.evaluations[2] == trace.iterations[2] == 0
+    torch.testing.assert_close(z[:2, 1], torch.full((2, 4), 1 / 0.9), atol=1e-3, rtol=1e-3)
+
+
+def test_under_the_token_norm_every_token_reaches_the_tolerance() -> None:
+    rates, sources = torch.tensor([[0.1, 0.1, 0.1, 0.1, 0.9], [1.0, 1.0, 1.0, 1.0, 0.01]])[:, :, None, None]
+    residuals = {}
+    for norm in ("sample", "token"):
+        settings = replace(INFERENCE, norm=norm, tolerance=1e-2)
+        _, trace = solve(settings, lambda z, step: rates * z + sources, (5, 1, 4))
+        residuals[norm] = float(trace.token_residuals.max())
+        assert trace.converged.all()
+    assert residuals["token"] < 1e-2 < residuals["sample"]

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Installs what the tests of the dashboard's page need (Debian's prometheus and chromium) where that is possible:
-# as root with apt. Ends with 0 whatever happens; a test without them is skipped. DONE is made when nothing more comes.
+# Installs Debian's prometheus and chromium for the tests of the dashboard's page: on Debian and its kin, for root, if
+# they are not there; those tests are skipped without them. Runs beside the first tests: it makes the file DONE when it
+# has ended, whatever came of it.
 # Usage: install_page_check.sh DONE
-done_file=$1
-have() { command -v prometheus >/dev/null && command -v chromium >/dev/null; }
-if ! have && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    export DEBIAN_FRONTEND=noninteractive
-    install() {
-        apt-get install -y -q --no-install-recommends -o DPkg::Lock::Timeout=300 -o Dpkg::Options::=--force-unsafe-io \
-            prometheus chromium
-    }
-    # Debian starts a Prometheus with its package; that one would only be in the way.
-    policy=/usr/sbin/policy-rc.d
-    [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' > $policy; chmod +x $policy; made=1; }
-    { timeout 240 bash -c "$(declare -f install); install" || { apt-get update -q && timeout 240 bash -c "$(declare -f install); install"; }; } </dev/null >"$done_file.log" 2>&1
-    [ -z "${made:-}" ] || rm -f $policy
+
+set -uo pipefail
+trap 'touch "$1"' EXIT
+command -v prometheus >/dev/null && command -v chromium >/dev/null && exit 0
+[[ $(id -u) == 0 ]] && command -v apt-get >/dev/null || exit 0
+
+# Debian would start a Prometheus of its own with the package.
+policy=/usr/sbin/policy-rc.d
+if [[ ! -e $policy ]]; then
+    printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy
+    trap 'rm -f $policy; touch "$1"' EXIT
 fi
-touch "$done_file"
+install() {
+    DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y --no-install-recommends \
+        -o DPkg::Lock::Timeout=120 -o Dpkg::Options::=--force-unsafe-io prometheus chromium
+}
+{ install || { apt-get update && install; }; } </dev/null >"$1.log" 2>&1

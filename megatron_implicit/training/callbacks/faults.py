@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_implicit.training.trainer import Trainer
 
 
-SLOW_S = 0.03
+SLOW_S = 0.2
 """Seconds that a pass takes longer on a slow rank."""
 
 
