@@ -2,8 +2,8 @@
 cannot be.
 
 ``enter`` is what a launched program calls, before anything else. Whatever the launcher, afterwards RANK, WORLD_SIZE,
-LOCAL_RANK (the index of this process's device), LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, as torch.distributed
-wants them.
+LOCAL_RANK (the index of this process's device), LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set, as
+torch.distributed wants them.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def device_index(launch: Launch, devices: Optional[int], environment: Mapping[st
     if devices is None:
         if given:
             raise LaunchError(
-                f"{place}: Slurm gave GPUs {given} but torch sees none: install a CUDA or ROCm build of torch, give the "
-                "container its GPUs (apptainer --nv or --rocm), or compute on CPUs with srun --gres=none"
+                f"{place}: Slurm gave GPUs {given} but torch sees none: install a CUDA or ROCm build of torch, give "
+                "the container its GPUs (apptainer --nv or --rocm), or compute on CPUs with srun --gres=none"
             )
         return launch.local_rank
     if devices >= ranks:
@@ -138,7 +138,7 @@ def _from_torch(environment: Mapping[str, str]) -> Launch:
     elif launch.world_size != tasks or launch.rank != _number(environment, "SLURM_PROCID"):
         raise LaunchError(
             f"RANK={launch.rank} and WORLD_SIZE={launch.world_size} are set, but srun says task "
-            f"{environment['SLURM_PROCID']} of {tasks} (SLURM_NTASKS): unset RANK and WORLD_SIZE, srun's numbers will do"
+            f"{environment['SLURM_PROCID']} of {tasks} (SLURM_NTASKS): unset RANK and WORLD_SIZE, srun's numbers do"
         )
     return launch
 
@@ -190,7 +190,9 @@ def _number(environment: Mapping[str, str], name: str, default: Optional[int] = 
     try:
         return int(text)
     except (TypeError, ValueError):
-        raise LaunchError(f"{name}={text} in the environment is not a number: start the job with its launcher") from None
+        raise LaunchError(
+            f"{name}={text} in the environment is not a number: start the job with its launcher"
+        ) from None
 
 
 def _meet_over_mpi(launch: Launch) -> Launch:
@@ -204,8 +206,8 @@ def _meet_over_mpi(launch: Launch) -> Launch:
     world: Any = MPI.COMM_WORLD
     if world.Get_size() != launch.world_size:
         raise LaunchError(
-            f"mpirun started {launch.world_size} ranks but mpi4py sees {world.Get_size()}: it belongs to another MPI than "
-            "this mpirun; use the mpirun of .venv/bin or reinstall mpi4py with --no-binary"
+            f"mpirun started {launch.world_size} ranks but mpi4py sees {world.Get_size()}: it belongs to another MPI "
+            "than this mpirun; use the mpirun of .venv/bin or reinstall mpi4py with --no-binary"
         )
     hosts = world.allgather(socket.gethostname())
     address = "127.0.0.1" if len(set(hosts)) == 1 else hosts[0]

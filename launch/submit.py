@@ -58,7 +58,9 @@ def main() -> int:
         return _submit_tool(sys.argv[1], sys.argv[2:])
     parser = _parser()
     options, overrides = parser.parse_known_args()
-    unknown = next((word for word in overrides if word.startswith("--") and "." not in word and word != "--curriculum"), None)
+    unknown = next(
+        (word for word in overrides if word.startswith("--") and "." not in word and word != "--curriculum"), None
+    )
     if unknown:
         parser.error(f"unrecognized argument {unknown}")
     cluster = read_cluster(options.cluster)
@@ -83,14 +85,22 @@ def _parser() -> CommandParser:
     parser.usage = "bash SLURM/submit.sh PRESET [options] [--SECTION.KEY VALUE ...]"
     parser.add_argument("preset", nargs="?", help="a name in launch/configs/ or a YAML file")
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
-    parser.add_argument("--chain", type=_count, default=1, metavar="N", help="jobs in line, each for the one before that failed")
+    parser.add_argument(
+        "--chain", type=_count, default=1, metavar="N", help="jobs in line, each for the one before that failed"
+    )
     parser.add_argument("--bounded", action="store_true", help="only the first phase of the curriculum")
-    parser.add_argument("--branch", metavar="RUN@FRACTION", help="the last phase, off a bounded run at a share of its steps")
+    parser.add_argument(
+        "--branch", metavar="RUN@FRACTION", help="the last phase, off a bounded run at a share of its steps"
+    )
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="a grid of runs as an array")
     parser.add_argument("--nodes", type=_count, metavar="N", help="default: by the preset's size")
     parser.add_argument("--time", metavar="LIMIT", help="of one job, as sbatch takes it (default: cluster.env's)")
     parser.add_argument(
-        "--cluster", type=Path, default=ROOT / "SLURM" / "cluster.env", metavar="FILE", help="default: SLURM/cluster.env"
+        "--cluster",
+        type=Path,
+        default=ROOT / "SLURM" / "cluster.env",
+        metavar="FILE",
+        help="default: SLURM/cluster.env",
     )
     parser.add_argument("--update-code", action="store_true", help="go on with today's code instead of the run's")
     return parser
@@ -139,7 +149,11 @@ def _sweep(options: argparse.Namespace, overrides: list[str], cluster: Cluster, 
     ]
     for run in runs:
         validate_world(run.config, nodes * cluster.ranks)
-    comments = [f"{len(runs)} runs in {folder}, {sweep.at_once} at once", "the first:", *describe(runs[0].config, cluster, nodes)]
+    comments = [
+        f"{len(runs)} runs in {folder}, {sweep.at_once} at once",
+        "the first:",
+        *describe(runs[0].config, cluster, nodes),
+    ]
     options_ = f"--array=0-{len(runs) - 1}%{sweep.at_once}", f"--output={folder}/logs/%a.out"
     return _submission(options, cluster, folder, runs, nodes, comments, *options_)
 

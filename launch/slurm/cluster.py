@@ -72,7 +72,9 @@ def read_cluster(path: Path) -> Cluster:
     command = ["env", *unset, "bash", "-c", program, "_", str(path.resolve()), *(name.upper() for name in names)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or done.stderr:
-        raise LaunchError(f"{path}: bash says: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+        raise LaunchError(
+            f"{path}: bash says: {done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}"
+        )
     values = {name: value for name, value in zip(names, done.stdout.split("\0")) if value != "unset"}
     cluster = Cluster(path, **values)
     for name in ("gpus_per_node", "ranks_per_node", "cpus_per_rank", "warning_seconds"):

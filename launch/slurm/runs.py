@@ -64,7 +64,14 @@ def plan_run(config_file: Path, folder: Path, arguments: Sequence[str], *, data:
     Raises:
         ConfigError: as ``load_config``.
     """
-    given = ["--config", str(config_file), "--run.dir", str(folder), *(["--data.path", data] if data else []), *arguments]
+    given = [
+        "--config",
+        str(config_file),
+        "--run.dir",
+        str(folder),
+        *(["--data.path", data] if data else []),
+        *arguments,
+    ]
     config = load_config(given, prog="SLURM/submit.sh")
     config.run.dir = str((repository / config.run.dir).resolve())
     config.data.path = str((repository / config.data.path).resolve())

@@ -46,10 +46,12 @@ class JobScript:
         if len(self.arguments) == 1:
             return [f"set -- {shlex.join(self.arguments[0])}"]
         cases = [f"    {index}) set -- {shlex.join(words)} ;;" for index, words in enumerate(self.arguments)]
-        return ['case ${SLURM_ARRAY_TASK_ID:-0} in', *cases, "esac"]
+        return ["case ${SLURM_ARRAY_TASK_ID:-0} in", *cases, "esac"]
 
 
-def resources(cluster: Cluster, nodes: int, time: str, *, ranks: int | None = None, gpus: int | None = None) -> list[str]:
+def resources(
+    cluster: Cluster, nodes: int, time: str, *, ranks: int | None = None, gpus: int | None = None
+) -> list[str]:
     """sbatch's options for some nodes of a cluster.
 
     Args:

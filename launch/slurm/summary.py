@@ -5,11 +5,10 @@ Models and plans are imported where they are needed: with torch they take second
 
 from __future__ import annotations
 
+from launch.slurm.cluster import Cluster
 from megatron_implicit.config import Config
 from megatron_implicit.config.resolve import solver_of_phase
 from megatron_implicit.errors import LaunchError
-
-from launch.slurm.cluster import Cluster
 
 BETWEEN_NODES = 50e9
 """Bytes/s that a GPU can send to other nodes: a 400 Gb/s card each."""
@@ -36,8 +35,8 @@ def describe(config: Config, cluster: Cluster, nodes: int, start: float = 0.0) -
         f"learning rate {config.optimizer.learning_rate:g}, warm-up {schedule.warmup_fraction:.0%}, the last "
         f"{schedule.decay_fraction:.0%} down to {schedule.min_learning_rate:g}",
         *([f"phases: {_phases(config)}"] if config.implicit else []),
-        f"{world} ranks on {nodes} node{'s' if nodes > 1 else ''}: tensor {parallel.tensor} x pipeline {parallel.pipeline} "
-        f"x {replicas} replicas, microbatches of {train.micro_batch_size}",
+        f"{world} ranks on {nodes} node{'s' if nodes > 1 else ''}: tensor {parallel.tensor} x pipeline "
+        f"{parallel.pipeline} x {replicas} replicas, microbatches of {train.micro_batch_size}",
         _cost(config, cluster, nodes, start),
     ]
 

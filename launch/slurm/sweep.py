@@ -50,7 +50,9 @@ def read_sweep(path: Path) -> Sweep:
     except FileNotFoundError:
         raise ConfigError(f"--sweep {path}: no such file; SLURM/sweeps/ has an example") from None
     except (TypeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--sweep {path}: {str(error).splitlines()[0]}; expected preset, grid, set, nodes, at_once") from None
+        raise ConfigError(
+            f"--sweep {path}: {str(error).splitlines()[0]}; expected preset, grid, set, nodes, at_once"
+        ) from None
     empty = [key for key, choices in sweep.grid.items() if not isinstance(choices, list) or not choices]
     if empty or not sweep.grid:
         raise ConfigError(f"--sweep {path}: grid.{empty[0] if empty else '*'} must be a list of values")
@@ -59,4 +61,8 @@ def read_sweep(path: Path) -> Sweep:
 
 def _text(value: Any) -> str:
     """A value as the command line takes it; YAML reads the inner structure of lists again."""
-    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n...")[0].strip()
+    return (
+        value
+        if isinstance(value, str)
+        else yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n...")[0].strip()
+    )

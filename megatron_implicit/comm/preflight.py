@@ -1,7 +1,7 @@
 """Before a run starts: every rank computes and communicates a little, and a rank that is wrong or slow is named.
 
-A GPU that computes wrong numbers, a link that runs at a tenth of its speed or a node whose clocks are down would cost days
-before anybody sees it in a loss curve.
+A GPU that computes wrong numbers, a link that runs at a tenth of its speed or a node whose clocks are down would cost
+days before anybody sees it in a loss curve.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def judge(reports: Sequence[RankReport]) -> list[str]:
     if wrong:
         more = f" and {len(wrong) - NAMED} more ranks" if len(wrong) > NAMED else ""
         raise MachineError(
-            f"pre-flight: {'; '.join(wrong[:NAMED])}{more}: leave that machine out (sbatch --exclude=HOST) and have it examined"
+            f"pre-flight: {'; '.join(wrong[:NAMED])}{more}: leave that machine out "
+            "(sbatch --exclude=HOST) and have it examined"
         )
     return [
         *_slow(reports, "a matrix product", lambda report: report.product_s),

@@ -80,5 +80,7 @@ def test_a_slow_link_is_told_from_ordinary_differences() -> None:
 
 
 def test_a_wrong_sum_everywhere_names_a_few_ranks() -> None:
-    with pytest.raises(MachineError, match=r"rank 3 on n0 \(device 3\) receives a wrong sum .* and 28 more ranks: leave"):
+    with pytest.raises(
+        MachineError, match=r"rank 3 on n0 \(device 3\) receives a wrong sum .* and 28 more ranks: leave"
+    ):
         preflight.judge([_report(rank, reduced=1.0) for rank in range(32)])

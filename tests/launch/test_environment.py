@@ -76,7 +76,9 @@ def test_gpus_against_local_ranks() -> None:
     assert device_index(launch, None, {}) == 1
     assert device_index(launch, 4, {}) == device_index(launch, 8, {}) == 1
     assert device_index(launch, 1, {"SLURM_GPUS_PER_TASK": "1"}) == 0
-    with pytest.raises(LaunchError, match="rank 5 .*: 4 ranks on this node but 2 GPUs visible: ask for --gpus-per-node=4"):
+    with pytest.raises(
+        LaunchError, match="rank 5 .*: 4 ranks on this node but 2 GPUs visible: ask for --gpus-per-node=4"
+    ):
         device_index(launch, 2, {})
     with pytest.raises(LaunchError, match="Slurm gave GPUs 0,1 but torch sees none"):
         device_index(launch, None, {"SLURM_STEP_GPUS": "0,1"})

@@ -103,14 +103,21 @@ def test_the_sweep_of_catbabi_is_the_paper_s_grid(tmp_path: Path) -> None:
         assert config.train.steps == 15_000
         assert [phase.gradient for phase in config.curriculum] == ["unrolled", None]
         assert round(config.curriculum[1].start * 15_000) == 5_000
-        assert (config.solver.tolerance, config.solver.max_iterations, config.inference.max_iterations) == (0.03, 50, 200)
+        assert (config.solver.tolerance, config.solver.max_iterations, config.inference.max_iterations) == (
+            0.03,
+            50,
+            200,
+        )
         assert (config.solver.phantom_steps, config.solver.phantom_damping) == (6, 0.5)
     assert found == {(rate, batch) for rate in (1e-4, 5e-4, 1e-3, 5e-3) for batch in (128, 256)}
 
 
 def test_a_sweep_that_is_wrong(tmp_path: Path) -> None:
     file = tmp_path / "sweep.yaml"
-    for text, words in (("preset: x\ngrd: {}", "expected preset, grid"), ("preset: x\ngrid: {a.b: 3}", "grid.a.b must be")):
+    for text, words in (
+        ("preset: x\ngrd: {}", "expected preset, grid"),
+        ("preset: x\ngrid: {a.b: 3}", "grid.a.b must be"),
+    ):
         file.write_text(text)
         with pytest.raises(ConfigError, match=words):
             read_sweep(file)
@@ -166,7 +173,9 @@ def test_a_dry_run_prints_a_script_and_writes_nothing(cluster_file: Path) -> Non
 def test_an_array_s_tasks_get_a_point_each(cluster_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "rates.yaml"
     file.write_text(
-        yaml.safe_dump({"preset": "implicit_mamba2_tiny", "grid": {"optimizer.learning_rate": [0.001, 0.01]}, "at_once": 1})
+        yaml.safe_dump(
+            {"preset": "implicit_mamba2_tiny", "grid": {"optimizer.learning_rate": [0.001, 0.01]}, "at_once": 1}
+        )
     )
     done = submit("--sweep", file, "--dry-run", "--cluster", cluster_file)
     assert done.returncode == 0 and "#SBATCH --array=0-1%1" in done.stdout, done.stderr

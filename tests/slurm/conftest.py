@@ -57,7 +57,15 @@ class SubmittedRuns:
 
     def submit(self, name: str, *arguments: str) -> list[str]:
         """Numbers of the jobs of a run."""
-        command = ["bash", REPOSITORY / "SLURM" / "submit.sh", self.config, "--cluster", self.cluster_file, "--nodes", 2]
+        command = [
+            "bash",
+            REPOSITORY / "SLURM" / "submit.sh",
+            self.config,
+            "--cluster",
+            self.cluster_file,
+            "--nodes",
+            2,
+        ]
         done = self._cluster.run(*command, "--run.dir", self.folder / "runs" / name, *arguments, PYTHON=sys.executable)
         assert done.returncode == 0, done.stdout + done.stderr
         return [line.split()[1].rstrip(":") for line in done.stdout.splitlines()]

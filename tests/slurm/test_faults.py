@@ -26,7 +26,10 @@ MOST_STEPS = 9
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SubmittedRuns:
     """Runs of 60 steps; 'whole' is not interrupted."""
-    settings = {"train": {**SETTINGS["train"], "steps": STEPS, "validate_every": 20}, "checkpoint": {"save_every": SAVE_EVERY}}
+    settings = {
+        "train": {**SETTINGS["train"], "steps": STEPS, "validate_every": 20},
+        "checkpoint": {"save_every": SAVE_EVERY},
+    }
     made = SubmittedRuns(tmp_path_factory.mktemp("slurm"), cluster, **settings)
     assert cluster.wait(made.submit("whole")[0], 400) == ("COMPLETED", "0:0"), made.log("whole")
     return made

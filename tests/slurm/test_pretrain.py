@@ -1,4 +1,4 @@
-"""Training on a real Slurm with the shipped scripts: jobs that end well, and jobs that are stopped, killed or refused."""
+"""Training on a real Slurm with the shipped scripts: jobs that end well, and jobs stopped, killed or refused."""
 
 from __future__ import annotations
 
