@@ -6,9 +6,9 @@ from megatron_implicit.layers.attention import CausalCoreAttention
 from megatron_implicit.layers.linear import ColumnShardedLinear, SectionedLinear
 from megatron_implicit.layers.norms import RMSNorm
 from megatron_implicit.layers.recompute import RecomputedTransformerLayer
+from megatron_implicit.layers.residual import residual_add
 from megatron_implicit.layers.stack_config import StackConfig
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
 from megatron.core.transformer import ModuleSpec  # isort: skip
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules  # isort: skip
 from megatron.core.transformer.enums import AttnMaskType  # isort: skip
@@ -45,10 +45,10 @@ def llama_block_spec(config: StackConfig, layers: int) -> TransformerBlockSubmod
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=attention,
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=residual_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp,
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=residual_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=None)

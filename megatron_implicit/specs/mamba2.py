@@ -5,9 +5,9 @@ from __future__ import annotations
 from megatron_implicit.layers.mamba2_mixer import Mamba2Mixer
 from megatron_implicit.layers.norms import RMSNorm
 from megatron_implicit.layers.recompute import RecomputedMambaLayer
+from megatron_implicit.layers.residual import residual_add
 from megatron_implicit.layers.stack_config import StackConfig
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # isort: skip
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules  # isort: skip
 from megatron.core.transformer import ModuleSpec  # isort: skip
 from megatron_implicit.device.megatron import accepted_arguments, mamba_stack_module  # isort: skip
@@ -36,7 +36,7 @@ def mamba2_stack_spec(config: StackConfig) -> ModuleSpec:
     layer = ModuleSpec(
         module=RecomputedMambaLayer if config.recompute == "layer" else MambaLayer,
         submodules=MambaLayerSubmodules(
-            norm=RMSNorm, mixer=ModuleSpec(module=Mamba2Mixer), mamba_bda=get_bias_dropout_add
+            norm=RMSNorm, mixer=ModuleSpec(module=Mamba2Mixer), mamba_bda=residual_add
         ),
     )
     return ModuleSpec(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_implicit.config import config_from_dict, config_to_dict
+from megatron_implicit.models import build_model
 from megatron_implicit.training.benchmark import TrainStepBenchmark
 from tests import goldens, traces
 
@@ -47,3 +48,23 @@ def test_bf16_training_follows_fp32(family: str, one_process: None) -> None:
     for loss, expected in zip(bf16.losses, fp32.losses, strict=True):
         assert loss == pytest.approx(expected, rel=0.02)
     assert bf16.losses != fp32.losses
+
+
+@pytest.mark.parametrize("family", goldens.IMPLICIT)
+def test_the_residual_stream_stays_float32_under_bf16(family: str, one_process: None) -> None:
+    """Branches compute in bf16; what they are added to, and what leaves every layer, is float32."""
+    values = config_to_dict(traces.golden_training_config(family))
+    values["train"]["precision"] = "bf16"
+    model = build_model(config_from_dict(values)).train()
+    streams, branches = [], []
+    for layer in model.decoder.layers:
+        layer.register_forward_hook(lambda _, __, output: streams.append(_first(output).dtype))
+        branch = layer.mixer if hasattr(layer, "mixer") else layer.self_attention
+        branch.register_forward_hook(lambda _, __, output: branches.append(_first(output).dtype))
+    model(torch.zeros(1, 8, dtype=torch.long), None, None)
+    assert streams and set(streams) == {torch.float32}
+    assert set(branches) == {torch.bfloat16}
+
+
+def _first(output: object) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
