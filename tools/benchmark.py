@@ -26,7 +26,7 @@ DESCRIPTION = """Measure this machine and print JSON.
 CHECKPOINT_DESCRIPTION = """Measure how long a save of model and optimizer holds up training, when it is waited for and
 in the background; prints JSON. Under torchrun, at tensor parallel 1, the ranks are replicas that share the writing.
 
-    python tools/benchmark.py checkpoint                       203M parameters, 2.4 GB
+    python tools/benchmark.py checkpoint                       209M parameters, 2.5 GB
     python tools/benchmark.py checkpoint --width 2048 --layers 48 --precision bf16
 """
 GENERATE_DESCRIPTION = """Measure whether generating costs more, the longer it goes on: median time of an evaluation and
@@ -169,7 +169,7 @@ def _measure_generation(arguments: list[str]) -> int:
 def _measure_checkpoints(arguments: list[str]) -> int:
     parser = CommandParser(CHECKPOINT_DESCRIPTION)
     parser.add_argument("--width", type=int, default=1024, metavar="N", help="model width (default: 1024)")
-    parser.add_argument("--layers", type=int, default=15, metavar="N", help="layers of the Llama (default: 15)")
+    parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of the Llama (default: 16)")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="tokens of a step (default: 32)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="saves of each kind (default: 3)")
