@@ -11,11 +11,11 @@ import torch.distributed as dist
 from megatron_implicit import exits
 from tests.launch.conftest import Runs
 
-BAD, STEPS = 14, 36
+BAD, STEPS = 14, 34
 SETTINGS = (
     "--parallel.tensor", "2", "--parallel.sequence", "true", "--train.steps", str(STEPS), "--train.validate_every", "0",
     "--checkpoint.save_every", "0", "--health.window", "8", "--health.residual_limit", "0.6", "--health.desync_every", "5",
-    "--curriculum", "[{start: 0.0, name: free, max_iterations: 8, phantom_steps: 1}]",
+    "--curriculum", "[{start: 0.0, name: free, max_iterations: 4, phantom_steps: 1}]",
 )  # fmt: skip
 
 
