@@ -8,6 +8,7 @@ allocating it and prints parameters, memory a rank and FLOPs a token. The same `
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -57,6 +58,7 @@ def _report(message: str) -> None:
     """Rank 0 at once; another rank after a pause and with its number."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run only takes note of it, to end in good order
         time.sleep(PATIENCE_S)
     place = f"rank {rank}: " if rank else ""
     print(f"error: {place}{' '.join(message.split())}", file=sys.stderr, flush=True)
