@@ -58,7 +58,7 @@ def _report(message: str) -> None:
     """Rank 0 at once; another rank after a pause and with its number."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no longer a request to save
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a run only takes note of it, to end in good order
         time.sleep(PATIENCE_S)
     place = f"rank {rank}: " if rank else ""
     print(f"error: {place}{' '.join(message.split())}", file=sys.stderr, flush=True)
