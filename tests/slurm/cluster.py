@@ -7,11 +7,13 @@ import os
 import signal
 import subprocess
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 FOLDER = Path(__file__).parent
+RESTART_DELAY_S = 5
 
 
 class Cluster:
@@ -44,14 +46,13 @@ class Cluster:
         )
 
     def wait(self, job: str, timeout: float = 120) -> tuple[str, str]:
-        """(state, exit code) of a job when it is over; one that is requeued starts at once, not after two minutes."""
+        """(state, exit code) of a job when it is over; one that is requeued starts in seconds, not after two minutes."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             state, reason = self.state(job)
             if state not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"):
-                shown = self.run("scontrol", "-o", "show", "job", job).stdout
-                return state, shown.split("ExitCode=")[1].split()[0]
-            self.start_at_once(job, reason)
+                return state, self._field(job, "ExitCode")
+            self.start_soon(job, reason)
             time.sleep(0.3)
         raise AssertionError(f"job {job} is still {state} after {timeout} s")
 
@@ -60,10 +61,16 @@ class Cluster:
         words = self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T %r").stdout.split()
         return (words[0], words[1]) if len(words) > 1 else ("UNKNOWN", "")
 
-    def start_at_once(self, job: str, reason: str) -> None:
-        """Ends the two minutes for which Slurm holds a requeued job."""
-        if reason == "BeginTime":
-            self.run("scontrol", "update", f"jobid={job}", "starttime=now")
+    def _field(self, job: str, name: str) -> str:
+        return self.run("scontrol", "-o", "show", "job", job).stdout.split(f" {name}=")[1].split()[0]
+
+    def start_soon(self, job: str, reason: str) -> None:
+        """Shortens the two minutes for which Slurm holds a requeued job, but not to nothing: nodes refuse, for good, a
+        start within the second in which they ended the attempt before ("job already killed")."""
+        if reason != "BeginTime":
+            return
+        if self._field(job, "EligibleTime") > _in(2 * RESTART_DELAY_S):
+            self.run("scontrol", "update", f"jobid={job}", f"starttime={_in(RESTART_DELAY_S)}")
 
     def processes(self, job: str, *, ranks: bool = False) -> list[int]:
         """Processes of a job, without Slurm's own (slurmstepd); only its ranks, in their order, if asked for."""
@@ -87,3 +94,8 @@ class Cluster:
     def stop(self) -> None:
         """Ends exactly what was started."""
         subprocess.run(["bash", str(FOLDER / "slurm_down.sh"), str(self._folder)], capture_output=True, timeout=60)
+
+
+def _in(seconds: float) -> str:
+    """A moment from now, as Slurm writes it."""
+    return (datetime.now() + timedelta(seconds=seconds)).isoformat(timespec="seconds")

@@ -83,7 +83,7 @@ class Killer:
     def _wait(self, reached: Callable[[], bool]) -> None:
         def reached_or_started() -> bool:
             for job in self._jobs:
-                self._cluster.start_at_once(job, self._cluster.state(job)[1])
+                self._cluster.start_soon(job, self._cluster.state(job)[1])
             return reached()
 
         wait_until(reached_or_started, 240, self._runs.log(self._name))
@@ -101,7 +101,7 @@ def test_five_kills_at_random_moments(cluster: Cluster, runs: SubmittedRuns, asy
     while not any(cluster.state(job)[0] == "COMPLETED" for job in jobs):
         assert time.monotonic() < end, runs.log(name)
         for job in jobs:
-            cluster.start_at_once(job, cluster.state(job)[1])
+            cluster.start_soon(job, cluster.state(job)[1])
         time.sleep(0.3)
     print(*struck, f"redone: {runs.redone(name)}", sep="\n")
     assert runs.curve(name) == runs.curve("whole")

@@ -100,7 +100,7 @@ def _look(cluster: Cluster, story: Story) -> None:
     """Notes how a story's next job has ended, or hurries it on."""
     for job in story.jobs[len(story.ends) :][:1]:
         state, reason = cluster.state(job)
-        cluster.start_at_once(job, reason)
+        cluster.start_soon(job, reason)
         if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"):
             story.ends.append(cluster.wait(job))
 
