@@ -1,0 +1,108 @@
+"""Trains the models of a study with launch/pretrain.py, each in a folder of its own, several at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+from megatron_implicit import exits
+from megatron_implicit.errors import MachineError
+from megatron_implicit.evaluation.studies.study import StudyContext, write_json
+from megatron_implicit.telemetry.metrics_file import read_metrics
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The repository, where launch/ is."""
+DONE_FILE = "training.json"
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run of launch/pretrain.py."""
+
+    name: str
+    """Folder below the context's ``runs``."""
+    config: str
+    """A preset of launch/configs/, or a YAML file."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Dotted configuration keys and values."""
+    after: Optional["Training"] = None
+    """The run whose last checkpoint this one goes on from; it is trained first."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run."""
+
+    folder: Path
+    seconds: float
+    """Wall-clock time of its processes, start-up included, and of the runs it goes on from."""
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One object a step, of this run alone."""
+        return read_metrics(self.folder / "metrics.jsonl")
+
+
+def train_all(trainings: Sequence[Training], context: StudyContext) -> list[Trained]:
+    """Trains what is not trained yet, ``context.workers`` at a time, and returns all in the given order.
+
+    Raises:
+        MachineError: a run failed; names its log. The others are finished first, and nothing is lost: the same call goes on.
+    """
+    with ThreadPoolExecutor(max(1, context.workers)) as pool:
+        futures = {pool.submit(_train, training, context): training for training in trainings}
+        for future in as_completed(futures):
+            if future.exception() is None:
+                context.say(f"trained {futures[future].name} in {future.result().seconds:.0f} s")
+        return [future.result() for future in futures]
+
+
+def _train(training: Training, context: StudyContext) -> Trained:
+    before = _train(training.after, context) if training.after else None
+    folder = context.runs / training.name
+    done = folder / DONE_FILE
+    if not done.is_file():
+        began = time.monotonic()
+        _pretrain(training, folder, before, context)
+        write_json(done, {"seconds": time.monotonic() - began})
+    seconds = json.loads(done.read_text(encoding="utf-8"))["seconds"]
+    return Trained(folder, seconds + (before.seconds if before else 0.0))
+
+
+def _pretrain(training: Training, folder: Path, before: Optional[Trained], context: StudyContext) -> None:
+    overrides = {**training.overrides, "run.dir": folder, "telemetry.plots": "false"}
+    if before is not None:
+        overrides["checkpoint.load"] = before.folder
+    config = training.config if training.config.endswith(".yaml") else f"launch/configs/{training.config}.yaml"
+    command = [*launcher(context.workers), str(ROOT / "launch" / "pretrain.py"), f"--config={ROOT / config}"]
+    command += [f"--{key}={value}" for key, value in overrides.items()]
+    log = folder / "logs" / "study.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as output:
+        code = subprocess.run(command, cwd=Path.cwd(), env=_environment(), stdout=output, stderr=output).returncode
+    if code == exits.INTERRUPTED:
+        raise KeyboardInterrupt
+    if code:
+        last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+        raise MachineError(f"training of {training.name} ended with code {code}: {' '.join(last)} (all of it: {log})")
+
+
+def launcher(workers: int) -> list[str]:
+    """One process on a CPU; all GPUs of a machine that has some, divided by the trainings at a time."""
+    from megatron_implicit.device import current_platform
+
+    devices = (current_platform().device_count() or 1) // max(1, workers)
+    if devices <= 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONUNBUFFERED": "1"}
