@@ -19,7 +19,9 @@ STUDIES: dict[str, str] = {}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of every study, and of all together."""
-    parser.add_argument("--size", default="tiny", metavar="NAME", help="tiny (two CPU cores) or paper (GPUs); default: tiny")
+    parser.add_argument(
+        "--size", default="tiny", metavar="NAME", help="tiny (two CPU cores) or paper (GPUs); default: tiny"
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("runs/paper"), metavar="FOLDER",
         help="where models, results and figures go; what is there is not made again (default: runs/paper)",

@@ -1,5 +1,4 @@
-"""Drawing of studies: one style, colours told apart by people with any colour vision, the family of a model always in the
-same colour."""
+"""Drawing of studies: one style, colours told apart by people with any colour vision, a family always in its colour."""
 
 from __future__ import annotations
 
@@ -18,8 +17,11 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6B6B6B")
 """Okabe and Ito's."""
 FAMILY_COLOURS = {
-    "implicit_mamba2": "#0072B2", "explicit_mamba2": "#56B4E9", "implicit_llama": "#D55E00", "explicit_llama": "#E69F00",
-}  # fmt: skip
+    "implicit_mamba2": "#0072B2",
+    "explicit_mamba2": "#56B4E9",
+    "implicit_llama": "#D55E00",
+    "explicit_llama": "#E69F00",
+}
 DASHES = ("-", "--", ":", "-.")
 
 
@@ -60,7 +62,9 @@ def draw_matrix(axes: Axes, values: np.ndarray, title: str, limit: float | None 
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
 
 
-def draw_with_spread(axes: Axes, x: Sequence[float], runs: np.ndarray, label: str, colour: str, dash: str = "-") -> None:
+def draw_with_spread(
+    axes: Axes, x: Sequence[float], runs: np.ndarray, label: str, colour: str, dash: str = "-"
+) -> None:
     """The mean over runs, and the range between the lowest and the highest.
 
     Args:

@@ -54,7 +54,7 @@ def _markdown(title: str, chapters: Sequence[Chapter]) -> str:
             continue
         parts += [f"**{chapter.result.finding}** ({_duration(chapter.seconds)})"]
         parts += [_markdown_table(table) for table in chapter.result.tables]
-        parts += [f"![{figure.caption}]({chapter.name}/{figure.file})\n\n{figure.caption}" for figure in chapter.result.figures]
+        parts += [f"![{f.caption}]({chapter.name}/{f.file})\n\n{f.caption}" for f in chapter.result.figures]
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,15 +86,16 @@ def _html_chapter(root: Path, chapter: Chapter) -> str:
         for figure in chapter.result.figures:
             image = base64.b64encode((root / chapter.name / figure.file).read_bytes()).decode()
             caption = html.escape(figure.caption)
-            parts.append(
-                f'<figure><img alt="{caption}" src="data:image/png;base64,{image}"><figcaption>{caption}</figcaption></figure>'
-            )
+            shown = f'<img alt="{caption}" src="data:image/png;base64,{image}">'
+            parts.append(f"<figure>{shown}<figcaption>{caption}</figcaption></figure>")
     return "".join(parts) + "</section>"
 
 
 def _html_table(table: Table) -> str:
     head = "".join(f"<th>{html.escape(str(column))}</th>" for column in table.columns)
-    rows = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table.rows)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in table.rows
+    )
     return (
         f'<div class="wide"><table><caption>{html.escape(table.title)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

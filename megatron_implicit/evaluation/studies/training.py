@@ -54,7 +54,7 @@ def train_all(trainings: Sequence[Training], context: StudyContext) -> list[Trai
     """Trains what is not trained yet, ``context.workers`` at a time, and returns all in the given order.
 
     Raises:
-        MachineError: a run failed; names its log. The others are finished first, and nothing is lost: the same call goes on.
+        MachineError: a run failed; names its log. The others are finished first, and the same call goes on.
     """
     with ThreadPoolExecutor(max(1, context.workers)) as pool:
         futures = {pool.submit(_train, training, context): training for training in trainings}
