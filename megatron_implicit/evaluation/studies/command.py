@@ -11,7 +11,14 @@ from typing import Any
 
 from megatron_implicit.errors import ConfigError
 from megatron_implicit.evaluation.studies.report import Chapter, write_report
-from megatron_implicit.evaluation.studies.study import StudyContext, StudyResult, Table, load_result, save_result
+from megatron_implicit.evaluation.studies.study import (
+    StudyContext,
+    StudyResult,
+    Table,
+    load_result,
+    save_result,
+    settings_mark,
+)
 
 STUDIES: dict[str, str] = {}
 """Modules of the studies by the names of their commands, in the report's order."""
@@ -38,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_study(name: str, arguments: argparse.Namespace) -> int:
     """Runs one study, or shows what it found before, and rewrites the report."""
     module, settings = _open(name, arguments.size)
-    context = _context(name, arguments)
+    context = _context(name, settings, arguments)
     result, seconds, _ = _run(module, settings, context)
     _show(module.TITLE, result, seconds, context.folder)
     if arguments.checkpoint is None:
@@ -51,7 +58,7 @@ def run_paper(arguments: argparse.Namespace) -> int:
     for number, name in enumerate(STUDIES, start=1):
         module, settings = _open(name, arguments.size)
         print(f"[{number}/{len(STUDIES)}] {module.TITLE}", flush=True)
-        result, seconds, fresh = _run(module, settings, _context(name, arguments))
+        result, seconds, fresh = _run(module, settings, _context(name, settings, arguments))
         print(f"      {result.finding} ({seconds:.0f} s{'' if fresh else ', from before'})", flush=True)
         paths = _write_report(arguments)
     for path in paths:
@@ -66,13 +73,13 @@ def _open(name: str, size: str) -> tuple[Any, Any]:
     return module, module.SIZES[size]
 
 
-def _context(name: str, arguments: argparse.Namespace) -> StudyContext:
+def _context(name: str, settings: Any, arguments: argparse.Namespace) -> StudyContext:
     root = arguments.output / arguments.size
     if arguments.checkpoint is not None:  # a model of the user's own: its results never stand for the study's
         root = root / "checkpoints" / arguments.checkpoint.resolve().name
     return StudyContext(
         name, arguments.size, root, _workers(arguments.workers), lambda line: print(f"      {line}", flush=True),
-        arguments.checkpoint,
+        arguments.checkpoint, settings_mark(settings),
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class StudyContext:
         workers: trainings that may run at the same time, each on its share of the machine.
         say: prints a line of progress.
         checkpoint: a trained model to measure instead of training one; not all studies take one.
+        settings_mark: tells measurements with these settings from those with others.
     """
 
     name: str
@@ -63,6 +65,7 @@ class StudyContext:
     workers: int = 1
     say: Callable[[str], None] = print
     checkpoint: Optional[Path] = None
+    settings_mark: str = ""
 
     @property
     def folder(self) -> Path:
@@ -78,15 +81,21 @@ class StudyContext:
         """A measurement that is kept as JSON in the study's folder, so that an interrupted study goes on behind it.
 
         Args:
-            name: of the file, without suffix; it must name everything that the measurement depends on.
+            name: of the file, without suffix; it must name all that the measurement depends on but the settings.
             measure: returns what JSON can hold.
         """
-        path = self.folder / "measured" / f"{name}.json"
+        path = self.folder / f"measured{self.settings_mark}" / f"{name}.json"
         if path.is_file():
             return json.loads(path.read_text(encoding="utf-8"))
         value = measure()
         write_json(path, value)
         return json.loads(json.dumps(value))
+
+
+def settings_mark(settings: Any) -> str:
+    """A short name of a study's settings."""
+    values = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    return "-" + hashlib.sha256(values.encode()).hexdigest()[:8]
 
 
 def save_result(folder: Path, result: StudyResult, settings: Any, seconds: float) -> None:
