@@ -2,65 +2,55 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import importlib
+import sys
+from typing import NamedTuple
 
 import _bootstrap  # noqa: F401
 
 from megatron_implicit.cli import CommandParser, run_command
 
+
+class Evaluation(NamedTuple):
+    """One command of this tool."""
+
+    module: str
+    """Has ``add_arguments(parser)`` and ``run(arguments) -> int``; imported only when its command is asked for."""
+    summary: str
+    """What it measures, in a line."""
+
+
+EVALUATIONS: dict[str, Evaluation] = {
+    "perplexity": Evaluation("megatron_implicit.evaluation.perplexity_command", "loss on held-out text"),
+}
+"""The evaluations by name. ``arguments.evaluation`` tells a module that serves several which one it is."""
+
 DESCRIPTION = """Measure a checkpoint: a run's folder, its checkpoints/, one step's folder, or a reference model folder.
 
     python tools/evaluate.py perplexity --checkpoint runs/quickstart/implicit_mamba2 --split validation
+
 """
 
 
 def main() -> int:
     """Runs one evaluation."""
-    parser = CommandParser(DESCRIPTION)
-    parser.add_argument("evaluation", choices=["perplexity"])
-    parser.add_argument("--checkpoint", required=True, metavar="PATH")
-    parser.add_argument("--split", choices=["validation", "test"], default="validation")
-    parser.add_argument("--data-path", metavar="PATH", help="where the data is, if not at the run's data.path")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="sequences at a time (default: 4)")
-    parser.add_argument("--max-sequences", type=int, metavar="N", help="measure only the first N sequences")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--json", metavar="FILE", help="also write the result there")
-    arguments = parser.parse_args()
-
-    from megatron_implicit.api import load_pretrained
-    from megatron_implicit.evaluation.perplexity import measure_perplexity
-
-    lm = load_pretrained(arguments.checkpoint, dtype=arguments.dtype)
-    with _progress() as report:
-        result = measure_perplexity(
-            lm, split=arguments.split, data_path=arguments.data_path, batch_size=arguments.batch_size,
-            max_sequences=arguments.max_sequences, report=report,
-        )  # fmt: skip
-    values = result.as_dict()
-    _print_table(values)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    return 0
+    name, *rest = sys.argv[1:] or [""]
+    if name not in EVALUATIONS:
+        return _all_evaluations().parse_args()  # help or a refusal: exits
+    module = importlib.import_module(EVALUATIONS[name].module)
+    parser = CommandParser(module.__doc__)
+    parser.prog += f" {name}"
+    parser.set_defaults(evaluation=name)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(rest))
 
 
-def _progress():
-    from megatron_implicit.telemetry.progress import counted_progress
-
-    return counted_progress("evaluating", "sequences")
-
-
-def _print_table(values: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False)
-    for name, value in values.items():
-        table.add_row(
-            name.replace("_", " "),
-            f"{value:,.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value,
-        )
-    Console(highlight=False).print(table)
+def _all_evaluations() -> CommandParser:
+    width = max(map(len, EVALUATIONS))
+    lines = [f"    {name:{width}}  {evaluation.summary}" for name, evaluation in EVALUATIONS.items()]
+    parser = CommandParser("\n".join([DESCRIPTION + "Evaluations (NAME --help has the options of one):\n", *lines]))
+    parser.add_argument("evaluation", choices=EVALUATIONS, metavar="NAME", help="one of the above; comes first")
+    return parser
 
 
 if __name__ == "__main__":

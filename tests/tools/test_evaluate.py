@@ -1,0 +1,44 @@
+"""``tools/evaluate.py`` as a user meets it: its evaluations, their help, and refusals in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _evaluations() -> dict:
+    sys.path.insert(0, str(REPOSITORY / "tools"))  # for its _bootstrap
+    try:
+        spec = importlib.util.spec_from_file_location("evaluate_tool", REPOSITORY / "tools" / "evaluate.py")
+        spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
+    finally:
+        sys.path.pop(0)
+    return tool.EVALUATIONS
+
+
+EVALUATIONS = _evaluations()
+
+
+def test_help_lists_the_evaluations(work) -> None:
+    shown = work.run("evaluate", "--help").stdout
+    for name, evaluation in EVALUATIONS.items():
+        assert name in shown and evaluation.summary in shown
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_each_evaluation_has_help_of_its_own(work, name: str) -> None:
+    done = work.run("evaluate", name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"usage: evaluate.py {name}" in done.stdout
+
+
+def test_what_it_does_not_know_is_refused(work) -> None:
+    work.fails("invalid choice: 'perplexties'", "evaluate", "perplexties", code=2)
+    work.fails("required: NAME", "evaluate", code=2)
+    work.fails("required: --checkpoint (see evaluate.py perplexity --help)", "evaluate", "perplexity", code=2)
+    work.fails("nowhere is not a folder", "evaluate", "perplexity", "--checkpoint", "nowhere")
