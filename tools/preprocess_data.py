@@ -149,11 +149,11 @@ def _verify(arguments: argparse.Namespace) -> int:
 def _build_index(arguments: list[str]) -> int:
     """Opens the data as a training run does; what it would compute is then on disk."""
     from megatron_implicit.config import load_config
-    from megatron_implicit.training.data import TrainingData, open_run_tokenizer
+    from megatron_implicit.training.data import TrainingData, open_vocabulary
 
     start = time.monotonic()
     config = load_config(arguments, prog="tools/preprocess_data.py build-index")
-    data = TrainingData(config, open_run_tokenizer(config), replica=0, replicas=1)
+    data = TrainingData(config, open_vocabulary(config), replica=0, replicas=1)
     print(
         f"{config.data.path}: sample indices of a run of {config.train.steps:,} steps are there"
         f" ({data.training_samples:,} training samples, {time.monotonic() - start:.1f} s)"

@@ -154,6 +154,9 @@ class ParallelConfig:
 class DataConfig:
     """Where the tokens come from and how they are split and packed."""
 
+    task: Literal["text", "word_problem", "stories"] = "text"
+    """text: documents at path; word_problem: running products in a group; stories: questions about short stories. The
+    tasks other than text are generated (or read) with a vocabulary of their own and need no path and no tokenizer."""
     path: str = "runs/quickstart/data"
     """A folder holding NAME.bin/NAME.idx datasets and their tokenizer, the prefix of one dataset, or a blend (YAML)."""
     sequence_length: int = 256
@@ -164,6 +167,12 @@ class DataConfig:
     """Tokenizer file (.model or .json); None takes the one beside the dataset."""
     cache_dir: Optional[str] = None
     """Where sample indices are cached; None means a folder 'cache' beside the dataset."""
+    group: str = "A5"
+    """word_problem: the group or monoid, S3 to S6, A3 to A6, Z<n>, M (aperiodic), or a direct product like A5xM."""
+    non_identity_share: float = 1.0
+    """word_problem: probability that a position's group element is drawn (uniformly); else it is the identity."""
+    stories: Optional[str] = None
+    """stories: folder of the published files; None generates stories in their format."""
 
 
 @dataclass
@@ -216,6 +225,8 @@ class TrainConfig:
     """Steps between measurements of the validation loss; 0 measures none."""
     validation_batches: int = 8
     """Global batches of one measurement."""
+    target_loss: Optional[float] = None
+    """Held-out loss (nats a token) at or below which the run is finished, whatever steps are left; None never is."""
     stop_after_steps: Optional[int] = None
     """End this job, with a checkpoint, once the run has reached this step; the run's schedule is unchanged."""
 

@@ -237,6 +237,12 @@ def _validate_data(config: Config) -> None:
         f"data.split={data.split} must be three shares (train, validation, test), the first above 0",
     )
     _require(math.isclose(sum(data.split), 1.0, abs_tol=1e-6), f"data.split={data.split} must add up to 1")
+    _one_of("data", data, "task")
+    _fraction("data.non_identity_share", data.non_identity_share)
+    _require(
+        data.stories is None or data.task == "stories",
+        f"data.stories={data.stories} is read by data.task=stories only, not by {data.task}: set data.task or drop it",
+    )
 
 
 def _validate_training(config: Config) -> None:
@@ -256,6 +262,7 @@ def _validate_training(config: Config) -> None:
         for name in names:
             value = getattr(values, name)
             _require(value >= 0, f"{section}.{name}={value} must not be negative")
+    _validate_target(config)
     if train.stop_after_steps is not None:
         _positive("train", train, "stop_after_steps")
     if config.run.time_limit_minutes is not None:
@@ -271,6 +278,22 @@ def _validate_training(config: Config) -> None:
         schedule.warmup_fraction + schedule.decay_fraction <= 1.0,
         f"schedule.warmup_fraction={schedule.warmup_fraction} + schedule.decay_fraction={schedule.decay_fraction} "
         "exceed 1: shorten one of them",
+    )
+
+
+def _validate_target(config: Config) -> None:
+    target = config.train.target_loss
+    if target is None:
+        return
+    _positive("train", config.train, "target_loss")
+    _require(
+        config.train.validate_every > 0,
+        f"train.target_loss={target} is compared with the held-out loss, which train.validate_every=0 never measures: "
+        "set train.validate_every",
+    )
+    _require(
+        config.data.task != "text" or config.data.split[1] > 0,
+        f"train.target_loss={target} needs held-out documents: raise the second share of data.split={config.data.split}",
     )
 
 

@@ -13,6 +13,7 @@ Reading them:
 - ``blend``: which datasets are read and how much of each; ``packing``: documents to samples of fixed length
 - ``datasets``: ``open_datasets``: train, validation and test samples, split by random documents
 - ``sampling``: ``MicrobatchSampler`` and batches
+- ``tasks``: training data other than text
 - ``inspection``: what is in a dataset or blend
 - ``megatron``: the one place that imports Megatron-Core's dataset modules
 

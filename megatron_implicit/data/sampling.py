@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -27,6 +27,16 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, torch.Tensor]: ...
+
+
+@runtime_checkable
+class TaskSamples(Protocol):
+    """Samples that are made a batch at a time."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: range) -> Batch:
+        """Samples ``indices`` of fresh tensors; each depends on its index alone."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def collate(samples: Sequence[Mapping[str, torch.Tensor]]) -> Batch:
     return {key: torch.stack([sample[key] for sample in samples]).to(dtype) for key, dtype in _DTYPES.items()}
 
 
-def read_microbatch(dataset: Samples, indices: range) -> Batch:
+def read_microbatch(dataset: Samples | TaskSamples, indices: range) -> Batch:
     """The samples ``indices`` of ``dataset`` as one batch.
 
     Raises:
@@ -94,10 +104,12 @@ def read_microbatch(dataset: Samples, indices: range) -> Batch:
             f"sample {indices.stop - 1} was asked of a dataset opened for {len(dataset)} samples; open it for"
             " the samples of the whole run"
         )
+    if isinstance(dataset, TaskSamples):
+        return dataset.batch(indices)
     return collate([dataset[index] for index in indices])
 
 
-def read_batches(dataset: Samples, sampler: MicrobatchSampler, consumed: int = 0) -> Iterator[Batch]:
+def read_batches(dataset: Samples | TaskSamples, sampler: MicrobatchSampler, consumed: int = 0) -> Iterator[Batch]:
     """This rank's microbatches from ``consumed`` samples on; ends never, raises DataError past the dataset's end."""
     for indices in sampler.microbatches(consumed):
         yield read_microbatch(dataset, indices)

@@ -11,7 +11,8 @@ import torch
 from megatron_implicit.api import PretrainedModel
 from megatron_implicit.config import DataConfig
 from megatron_implicit.data.datasets import open_datasets, open_tokenizer
-from megatron_implicit.data.sampling import Batch, read_microbatch
+from megatron_implicit.data.sampling import Batch, TaskSamples, read_microbatch
+from megatron_implicit.data.tasks import open_task
 from megatron_implicit.errors import DataError
 from megatron_implicit.models.parameters import count_parameters
 from megatron_implicit.training.validation import HeldOutLoss, measure_loss
@@ -63,14 +64,14 @@ def measure_perplexity(
         split: validation or test documents.
         data_path: where the data is now; None takes the configuration's ``data.path``.
         batch_size: sequences at a time; changes nothing but speed.
-        max_sequences: measure only the first ones.
+        max_sequences: measure only the first ones; of a task, which has no end, as many as a validation while training.
         report: called with sequences done and in all.
 
     Raises:
         DataError: the data is missing, damaged, of another tokenizer, or has no such split.
     """
     data = dataclasses.replace(lm.config.data, path=data_path or lm.config.data.path)
-    samples = _open_split(data, split, lm)
+    samples = _open_split(data, split, lm) if data.task == "text" else _open_task_split(data, split, lm, max_sequences)
     total = min(len(samples), max_sequences or len(samples))
 
     def batches() -> Iterator[Batch]:
@@ -83,6 +84,14 @@ def measure_perplexity(
     measured = measure_loss(lm.model, batches(), torch.device(device))
     parameters = sum(count.whole for count in count_parameters(lm.model).values())
     return PerplexityResult(lm.config.model.family, parameters, split, data.sequence_length, total, measured)
+
+
+def _open_task_split(
+    data: DataConfig, split: Split, lm: PretrainedModel, max_sequences: Optional[int]
+) -> TaskSamples:
+    train = lm.config.train
+    count = max_sequences or train.validation_batches * train.global_batch_size
+    return open_task(data).samples(split, count, data.sequence_length, train.seed)
 
 
 def _open_split(data: DataConfig, split: Split, lm: PretrainedModel):

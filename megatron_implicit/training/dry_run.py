@@ -11,7 +11,7 @@ from rich.table import Table
 from megatron_implicit.config import Config, SolverConfig
 from megatron_implicit.config.resolve import solver_of_phase
 from megatron_implicit.telemetry.flops import model_flops
-from megatron_implicit.training.data import open_run_tokenizer
+from megatron_implicit.training.data import open_vocabulary
 from megatron_implicit.training.memory_plan import StagePlan, memory_plan, plan_stages
 
 GIB = 2**30
@@ -24,7 +24,7 @@ def print_plan(config: Config) -> None:
         DataError: model.vocab_size is not set and there is no tokenizer to take it from.
     """
     if config.model.vocab_size is None:
-        open_run_tokenizer(config)
+        open_vocabulary(config)
     stages = plan_stages(config)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(_parameter_table(config, stages))

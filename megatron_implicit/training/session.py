@@ -39,9 +39,10 @@ from megatron_implicit.training.callbacks import (
     Metrics,
     Plots,
     Reporting,
+    TargetLoss,
     Validation,
 )
-from megatron_implicit.training.data import TrainingData, open_run_tokenizer
+from megatron_implicit.training.data import TrainingData, open_vocabulary
 from megatron_implicit.training.optimizer import TrainingParts, keeping_hyperparameters, prepare_training
 from megatron_implicit.training.run_folder import RunFolder
 from megatron_implicit.training.trainer import Origin, Trainer
@@ -79,7 +80,7 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
     """
     callbacks = callbacks or standard_callbacks(config)  # first: from here on a signal is a request to stop
     validate_world(config, place.world_size)
-    tokenizer = open_run_tokenizer(config)
+    vocabulary = open_vocabulary(config)
     resumed = _apparent_checkpoint(config.run.dir)
     source = resumed or (locate_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None)
     if source is not None:
@@ -90,7 +91,7 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
     _refuse_disagreement(source)
     start_model_parallel(config.parallel, config.train.seed)
     data = TrainingData(
-        config, tokenizer, parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        config, vocabulary, parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     )
     device = current_platform().device(place.local_rank)
     parts = prepare_training(config, build_model(config, initialise=source is None).to(device))
@@ -112,8 +113,8 @@ def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
     return [
-        Interruption(config.run), *faults, Validation(), Metrics(), Console(), Reporting(), Desync(), Checkpointing(),
-        Plots(), Events(),
+        Interruption(config.run), *faults, Validation(), TargetLoss(), Metrics(), Console(), Reporting(), Desync(),
+        Checkpointing(), Plots(), Events(),
     ]  # fmt: skip
 
 
@@ -192,11 +193,16 @@ def _resume(
     state = TrainingState(**read_state(source))
     if state.data_fingerprint != data.fingerprint:
         raise CheckpointError(
-            f"data.path={config.data.path} does not hold the data {source} was trained on: point data.path to it, or "
-            "branch with a new run.dir and checkpoint.load"
+            f"{_data_words(config)} does not hold the data {source} was trained on: point it to that, or branch with a "
+            "new run.dir and checkpoint.load"
         )
     _load(config, source, state, parts)
     return state, Origin("resume", f"from {source.name}")
+
+
+def _data_words(config: Config) -> str:
+    data = config.data
+    return f"data.stories={data.stories}" if data.task == "stories" else f"data.path={data.path}"
 
 
 def _newest_whole_checkpoint(folder: RunFolder) -> Path:

@@ -83,6 +83,8 @@ class Trainer:
         """What the last checkpoint took from its beginning until it was on disk."""
         self.stop_reason: Optional[str] = None
         """Why the job ends after this step, where it was asked to."""
+        self.finish_reason: Optional[str] = None
+        """Why the run is finished before its last step."""
         self.health = StepHealth(config.health)
         self.health.load_state_dict(state.health)
         self._agreement, self._clock = Agreement(), StepClock()
@@ -112,11 +114,20 @@ class Trainer:
     @property
     def interrupted(self) -> bool:
         """Whether the job ends before its last step because it was asked to: it is to be started again."""
-        return self.stop_reason is not None and self.state.step < self.last_step
+        return self.stop_reason is not None and not self.finished and self.state.step < self.last_step
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run, not only this job, has nothing left to do."""
+        return self.finish_reason is not None or self.state.step >= self.config.train.steps
 
     def stop(self, reason: str) -> None:
         """Makes the step that is being completed the last of this job; all ranks must call it."""
         self.stop_reason = reason
+
+    def finish(self, reason: str) -> None:
+        """Makes the step that is being completed the last of the run; all ranks must call it."""
+        self.finish_reason = reason
 
     def run(self) -> None:
         """Runs this job's steps.
@@ -139,7 +150,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.on_start(self)
             batches = self.data.training_batches(self.state.consumed_samples)
-            while self.state.step < self.last_step and self.stop_reason is None:
+            while self.state.step < self.last_step and self.stop_reason is None and not self.finished:
                 record = self._run_step(batches)
                 for callback in self.callbacks:
                     callback.after_step(self, record)

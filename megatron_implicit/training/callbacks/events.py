@@ -37,6 +37,7 @@ class Events(Callback):
 
     def on_end(self, trainer: "Trainer") -> None:
         step, steps = trainer.state.step, trainer.config.train.steps
-        why = f" ({trainer.stop_reason})" if trainer.interrupted else ""
+        reason = trainer.finish_reason or (trainer.stop_reason if trainer.interrupted else None)
+        why = f" ({reason})" if reason else ""
         if self._speaks:
-            trainer.event("finish" if step >= steps else "stop", f"step {step} of {steps}{why}")
+            trainer.event("finish" if trainer.finished else "stop", f"step {step} of {steps}{why}")

@@ -1,0 +1,91 @@
+"""Runs on tasks other than text, and runs that end when they are good enough."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_implicit import load_pretrained
+from tests.launch.conftest import Runs
+
+SETTINGS = {
+    "model": {"family": "implicit_mamba2", "size": "custom", "num_layers": 1, "hidden_size": 32, "state_size": 16,
+              "head_dim": 16, "scan_chunk_size": 16},
+    "solver": {"max_iterations": 4, "phantom_steps": 1},
+    "data": {"task": "word_problem", "group": "Z5", "sequence_length": 4},
+    "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.0},
+    "schedule": {"warmup_fraction": 0.05, "decay_fraction": 0.0},
+    "train": {"steps": 60, "global_batch_size": 32, "micro_batch_size": 16, "validate_every": 5, "validation_batches": 2,
+              "target_loss": 1.3},
+    "checkpoint": {"save_every": 0},
+    "telemetry": {"plots": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A word problem, and a run 'learned' that has reached its target."""
+    runs = Runs(tmp_path_factory.mktemp("words"))
+    runs.config.write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
+    job = runs.start("learned")
+    assert job.code == 0, job.output
+    return runs
+
+
+def test_a_run_finishes_once_its_held_out_loss_is_low_enough(words: Runs) -> None:
+    entries = words.metrics("learned")
+    last = max(entries)
+    assert last < 60 and last % 5 == 0
+    assert entries[last]["validation_loss"] <= 1.3 < entries[last - 5]["validation_loss"]
+    finish = words.events("learned")[-1]
+    assert finish["kind"] == "finish" and "reached train.target_loss=1.3" in finish["message"]
+    assert (words.folder / "learned/checkpoints/latest").read_text() == f"step_{last:08d}\n"
+
+
+def test_a_run_that_reached_its_target_has_nothing_left_to_do(words: Runs) -> None:
+    before = words.contents("learned")
+    words.copy("learned", "again")
+    job = words.start("again")
+    assert job.code == 0, job.output
+    assert words.contents("again")["metrics.jsonl"] == before["metrics.jsonl"]
+    assert words.events("again")[-1]["kind"] == "finish"
+
+
+def test_a_longer_length_goes_on_from_a_shorter_one_on_two_replicas(words: Runs) -> None:
+    reached = max(words.metrics("learned"))
+    job = words.start(
+        "longer", "--checkpoint.load", str(words.folder / "learned"), "--data.sequence_length", "8",
+        "--train.steps", str(reached + 3), "--train.validate_every", "0", "--train.target_loss", "null", processes=2,
+    )  # fmt: skip
+    assert job.code == 0, job.output
+    entries = words.metrics("longer")
+    assert sorted(entries) == [reached + 1, reached + 2, reached + 3]
+    assert entries[reached + 3]["tokens"] == 32 * (4 * reached + 8 * 3)
+
+
+def test_a_model_of_a_task_is_loaded_without_a_tokenizer(words: Runs) -> None:
+    lm = load_pretrained(words.folder / "learned")
+    assert lm(torch.zeros(2, 6, dtype=torch.int64)).logits.shape == (2, 6, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--data.group", "Q8"), "data.group=Q8 is not a group or monoid offered here: use S3 to S6"),
+        (("--train.validate_every", "0"), "train.target_loss=1.3 is compared with the held-out loss"),
+        (("--model.vocab_size", "3"), "model.vocab_size=3 is smaller than the task's 5 entries"),
+        (("--data.stories", "here"), "data.stories=here is read by data.task=stories only"),
+    ],
+)
+def test_impossible_settings_end_in_a_line(words: Runs, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    job = words.start(str(tmp_path / "refused"), *arguments)
+    assert job.code != 0
+    assert len(job.errors) == 1 and message in job.errors[0], job.output
+
+
+def test_a_changed_group_is_refused_by_name(words: Runs) -> None:
+    job = words.start("learned", "--data.group", "Z7")
+    assert job.code != 0 and "data.group=Z7 differs from Z5" in job.errors[0]
