@@ -42,7 +42,8 @@ class Counting(ModuleType):
         with drawing(context.folder / "curve.png") as (axes,):
             axes.plot(values, color=COLOURS[0])
         rows = [[str(value)] for value in values]
-        return StudyResult("It does.", [Table("Values", ["value"], rows)], [Figure("curve.png", "Up")], {"values": values})
+        tables, figures = [Table("Values", ["value"], rows)], [Figure("curve.png", "Up")]
+        return StudyResult("It does.", tables, figures, {"values": values})
 
 
 @pytest.fixture
