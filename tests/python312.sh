@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks Python 3.12 with the newest Megatron-Core: a clean copy, its own .venv, the quickstart, and the goldens.
+# Checks Python 3.12 with the newest Megatron-Core: a clean copy, its own .venv, the quickstart, the goldens, and what reads checkpoints.
 # bash tests/python312.sh [FOLDER]: FOLDER keeps the copy and its .venv between calls (default: a temporary one).
 
 set -euo pipefail
@@ -25,4 +25,5 @@ for model in implicit_mamba2 implicit_llama; do
     rm -rf "runs/quickstart/$model"
     bash launch/quickstart.sh --model "$model" --train.steps 30 --train.validate_every 30
 done
-bash tests/run.sh tests/models tests/training/test_golden_training.py tests/distributed/test_golden_tensor_parallel.py
+bash tests/run.sh tests/models tests/training/test_golden_training.py tests/distributed/test_golden_tensor_parallel.py \
+    tests/distributed/test_golden_pipeline.py tests/checkpoint tests/conversion tests/test_api.py

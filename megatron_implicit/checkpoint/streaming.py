@@ -172,8 +172,10 @@ def refuse_unsafe_pickles(folder: Path) -> None:
     Raises:
         CheckpointError: a file asks for more than a checkpoint's own types.
     """
-    _read_metadata(folder / METADATA_FILE)
+    metadata = _read_metadata(folder / METADATA_FILE)
     file = folder / COMMON_FILE
+    if not file.exists() and any(key.startswith("common_state/") for key in metadata.state_dict_metadata):
+        return  # Megatron-Core 0.19 keeps it among the shards, and reads it with weights_only
     try:
         torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises many kinds
