@@ -1,4 +1,5 @@
-"""Measures a checkpoint: ``python tools/evaluate.py perplexity --checkpoint runs/quickstart/implicit_mamba2``."""
+"""Measures a checkpoint: ``python tools/evaluate.py perplexity --checkpoint runs/quickstart/implicit_mamba2``; repeats the
+paper's experiments: ``python tools/evaluate.py paper --size tiny``."""
 
 from __future__ import annotations
 
@@ -20,14 +21,26 @@ class Evaluation(NamedTuple):
     """What it measures, in a line."""
 
 
+_STUDIES = "megatron_implicit.evaluation.studies.command"
 EVALUATIONS: dict[str, Evaluation] = {
     "perplexity": Evaluation("megatron_implicit.evaluation.perplexity_command", "loss on held-out text"),
+    "state-tracking": Evaluation(_STUDIES, "word problems over groups: what explicit models cannot follow"),
+    "catbabi": Evaluation(_STUDIES, "questions on stories longer than those of training"),
+    "length-extrapolation": Evaluation(_STUDIES, "perplexity by position beyond the training length"),
+    "duality": Evaluation(_STUDIES, "simultaneous, chunked and sequential solves against each other"),
+    "jacobian": Evaluation(_STUDIES, "the recurrence: d h_t / d h_{t-1} of converged and explicit models"),
+    "adaptive-compute": Evaluation(_STUDIES, "evaluations by token, position, word class and difficulty"),
+    "phantom-gradient": Evaluation(_STUDIES, "phantom against exact implicit gradient"),
+    "paper": Evaluation(_STUDIES, "all of these experiments and one report of them"),
 }
 """The evaluations by name. ``arguments.evaluation`` tells a module that serves several which one it is."""
 
-DESCRIPTION = """Measure a checkpoint: a run's folder, its checkpoints/, one step's folder, or a reference model folder.
+DESCRIPTION = """Measure a checkpoint (a run's folder, its checkpoints/, one step's folder, or a reference model folder), or repeat
+the paper's experiments, each with its training, numbers and figures.
 
     python tools/evaluate.py perplexity --checkpoint runs/quickstart/implicit_mamba2 --split validation
+    python tools/evaluate.py state-tracking --size tiny
+    python tools/evaluate.py paper --size tiny
 
 """
 

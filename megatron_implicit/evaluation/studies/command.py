@@ -1,4 +1,9 @@
-"""The commands of the studies: one of them, or all with a report."""
+"""Repeats an experiment of the paper, or all of them with a report.
+
+    python tools/evaluate.py paper --size tiny
+
+What has been trained and measured is not made again: an interrupted command goes on where it was.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, metavar="PATH", help="measure this model where a study needs no training of its own"
     )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The study of ``arguments.evaluation``, or all of "paper"."""
+    return run_paper(arguments) if arguments.evaluation == "paper" else run_study(arguments.evaluation, arguments)
 
 
 def run_study(name: str, arguments: argparse.Namespace) -> int:
