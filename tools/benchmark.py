@@ -20,6 +20,7 @@ DESCRIPTION = """Measure this machine and print JSON.
     python tools/benchmark.py pipeline --help                  the pipeline's bubble, by replay of a recorded step
     python tools/benchmark.py telemetry                        what reporting to every sink costs a step
     python tools/benchmark.py data --help                      tokenizing: compressed text in, datasets out
+    python tools/benchmark.py word-problems --help             making words of group elements
     python tools/benchmark.py convert --help                   checkpoint conversion: time and memory
     python tools/benchmark.py checkpoint --help                what a save costs training, waited for and in the background
 """
@@ -47,6 +48,11 @@ DATA_DESCRIPTION = """Measure how fast text and code become datasets, with one w
     python tools/benchmark.py data                             with the GPT-NeoX tokenizer, downloaded once
     python tools/benchmark.py data --tokenizer data/tokenizer.model
 """
+WORDS_DESCRIPTION = """Measure how fast one core makes training batches of word problems; prints JSON.
+
+    python tools/benchmark.py word-problems                    A5, S5, A5xM and Z60 at lengths 16 to 2048
+    python tools/benchmark.py word-problems --groups S5 --batch-size 512
+"""
 CONVERT_DESCRIPTION = """Convert a made-up model from reference to megatron and back; time and peak memory as JSON.
 
     python tools/benchmark.py convert                          the 1.3B implicit Mamba2, 17 GB of disk
@@ -59,6 +65,8 @@ def main() -> int:
     """Runs one benchmark."""
     if sys.argv[1:2] == ["data"]:
         return _measure_data(sys.argv[2:])
+    if sys.argv[1:2] == ["word-problems"]:
+        return _measure_words(sys.argv[2:])
     if sys.argv[1:2] == ["pipeline"]:
         return _measure_pipeline(sys.argv[2:])
     if sys.argv[1:2] == ["convert"]:
@@ -109,6 +117,27 @@ def _measure_data(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(options.tokenizer or fetch_neox_tokenizer())
     result = DataBenchmark(tokenizer, find_sources([str(CORPUS)]), options.megabytes).run(options.repeats)
     print(json.dumps(result, indent=1))
+    return 0
+
+
+def _measure_words(arguments: list[str]) -> int:
+    parser = CommandParser(WORDS_DESCRIPTION)
+    parser.add_argument("--groups", nargs="+", default=["A5", "S5", "A5xM", "Z60"], metavar="NAME")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[16, 256, 2048], metavar="N", help="of the words")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="words at a time (default: 64)")
+    parser.add_argument("--seconds", type=float, default=1.0, metavar="N", help="of each measurement (default: 1)")
+    options = parser.parse_args(arguments)
+
+    import torch
+
+    from megatron_implicit.data.tasks.benchmark import tokens_per_second
+
+    torch.set_num_threads(1)
+    result = {
+        group: {str(n): round(tokens_per_second(group, n, options.batch_size, options.seconds)) for n in options.lengths}
+        for group in options.groups
+    }
+    print(json.dumps({"batch_size": options.batch_size, "tokens_per_s": result}, indent=1))
     return 0
 
 

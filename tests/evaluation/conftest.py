@@ -1,3 +1,3 @@
 """What tests of evaluations share."""
 
-from tests.launch.conftest import runs  # noqa: F401  (a fixture)
+from tests.launch.conftest import runs, words  # noqa: F401  (a fixture)

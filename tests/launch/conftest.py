@@ -180,6 +180,30 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs
 
 
+WORD_SETTINGS: dict[str, Any] = {
+    "model": {"family": "implicit_mamba2", "size": "custom", "num_layers": 1, "hidden_size": 32, "state_size": 16,
+              "head_dim": 16, "scan_chunk_size": 16},
+    "solver": {"max_iterations": 4, "phantom_steps": 1},
+    "data": {"task": "word_problem", "group": "Z5", "sequence_length": 4},
+    "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.0},
+    "schedule": {"warmup_fraction": 0.05, "decay_fraction": 0.0},
+    "train": {"steps": 60, "global_batch_size": 32, "micro_batch_size": 16, "validate_every": 5,
+              "validation_batches": 2, "target_loss": 1.3},
+    "checkpoint": {"save_every": 0},
+    "telemetry": {"plots": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A word problem, and a run 'learned' that has reached its target."""
+    runs = Runs(tmp_path_factory.mktemp("words"))
+    runs.config.write_text(yaml.safe_dump(WORD_SETTINGS), encoding="utf-8")
+    job = runs.start("learned")
+    assert job.code == 0, job.output
+    return runs
+
+
 def make_dataset(folder: Path, documents: list[str]) -> None:
     """tokenizer.model and corpus.{bin,idx} of some texts."""
     from megatron_implicit.data.indexed import IndexedDatasetWriter

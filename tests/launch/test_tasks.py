@@ -6,33 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from megatron_implicit import load_pretrained
 from tests.launch.conftest import Runs
-
-SETTINGS = {
-    "model": {"family": "implicit_mamba2", "size": "custom", "num_layers": 1, "hidden_size": 32, "state_size": 16,
-              "head_dim": 16, "scan_chunk_size": 16},
-    "solver": {"max_iterations": 4, "phantom_steps": 1},
-    "data": {"task": "word_problem", "group": "Z5", "sequence_length": 4},
-    "optimizer": {"learning_rate": 5e-3, "weight_decay": 0.0},
-    "schedule": {"warmup_fraction": 0.05, "decay_fraction": 0.0},
-    "train": {"steps": 60, "global_batch_size": 32, "micro_batch_size": 16, "validate_every": 5, "validation_batches": 2,
-              "target_loss": 1.3},
-    "checkpoint": {"save_every": 0},
-    "telemetry": {"plots": False},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """A word problem, and a run 'learned' that has reached its target."""
-    runs = Runs(tmp_path_factory.mktemp("words"))
-    runs.config.write_text(yaml.safe_dump(SETTINGS), encoding="utf-8")
-    job = runs.start("learned")
-    assert job.code == 0, job.output
-    return runs
 
 
 def test_a_run_finishes_once_its_held_out_loss_is_low_enough(words: Runs) -> None:
@@ -80,7 +56,9 @@ def test_a_model_of_a_task_is_loaded_without_a_tokenizer(words: Runs) -> None:
         (("--data.stories", "here"), "data.stories=here is read by data.task=stories only"),
     ],
 )
-def test_impossible_settings_end_in_a_line(words: Runs, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_impossible_settings_end_in_a_line(
+    words: Runs, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
     job = words.start(str(tmp_path / "refused"), *arguments)
     assert job.code != 0
     assert len(job.errors) == 1 and message in job.errors[0], job.output

@@ -3,8 +3,8 @@
 - ``base``: the ``Task`` protocol
 - ``groups``: multiplication tables of groups and monoids; ``word_problem``: running products in them
 
-A new task is a module with a function ``open_task(data: DataConfig) -> Task``, named in ``TASKS``. Imports what ``data``
-may.
+A new task is a module with a function ``open_task(data: DataConfig) -> Task``, named in ``TASKS``. Imports what
+``data`` may.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Task(Protocol):
     vocab_size: int
     """Entries of the vocabulary."""
     fingerprint: str
-    """Everything that determines the data but seed, split and length; checkpoints keep it, a resumed run compares it."""
+    """All that determines the data but seed, split and length; checkpoints keep it, a resumed run compares it."""
 
     def samples(self, split: Split, count: int, sequence_length: int, seed: int) -> TaskSamples:
         """Samples of a split.

@@ -1,8 +1,8 @@
 """Multiplication tables of finite groups and monoids, by name.
 
-``S3`` to ``S6`` and ``A3`` to ``A6`` (permutations of that many things, all or the even ones), ``Z<n>`` (addition modulo
-n), ``M`` (the aperiodic monoid of the paper's word problems), and direct products such as ``A5xM`` or ``A4xZ5``. Element 0 is
-always the identity.
+``S3`` to ``S6`` and ``A3`` to ``A6`` (permutations of that many things, all or the even ones), ``Z<n>`` (addition
+modulo n), ``M`` (the aperiodic monoid of the paper's word problems), and direct products such as ``A5xM`` or ``A4xZ5``.
+Element 0 is always the identity.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _permutations(points: int, even: bool) -> np.ndarray:
 
 
 def _aperiodic() -> np.ndarray:
-    """The monoid {E, A, B, X} of arXiv 2502.07827's word problems: E the identity, X absorbing, AA = AB = X, BA = A, BB = B."""
+    """{E, A, B, X} of arXiv 2502.07827's word problems: E the identity, X absorbing, AA = AB = X, BA = A, BB = B."""
     return np.array([[0, 1, 2, 3], [1, 3, 3, 3], [2, 1, 2, 3], [3, 3, 3, 3]], np.int16)
 
 

@@ -1,7 +1,7 @@
 """Word problems: a sequence of elements of a group or monoid, labelled at every position with the product so far.
 
-The label of position t is the product of tokens 0 to t, in that order: it is trained and scored where it stands, without
-the shift of a language model. Source: section 4.1 of arXiv 2502.07827.
+The label of position t is the product of tokens 0 to t, in that order: it is trained and scored where it stands,
+without the shift of a language model. Source: section 4.1 of arXiv 2502.07827.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class WordSamples:
 
 
 def running_products(tokens: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The product of tokens 0 to t, for every t, in log2(s) rounds: after each, position t has the last 2^round factors.
+    """The product of tokens 0 to t, for every t, in log2(s) rounds: round r leaves position t its last 2^r factors.
 
     Args:
         tokens: [b, s] elements.

@@ -14,7 +14,18 @@ from megatron_implicit.data.tasks.word_problem import WordProblem
 from megatron_implicit.errors import ConfigError
 
 GROUPS = [f"{kind}{points}" for kind in "SA" for points in (3, 4, 5, 6)] + ["Z1", "Z2", "Z60", "A4xZ5", "S3xZ4"]
-ORDERS = {"S3": 6, "A4": 12, "A5": 60, "S5": 120, "A6": 360, "S6": 720, "Z60": 60, "A4xZ5": 60, "S3xZ4": 24, "A5xM": 240}
+ORDERS = {
+    "S3": 6,
+    "A4": 12,
+    "A5": 60,
+    "S5": 120,
+    "A6": 360,
+    "S6": 720,
+    "Z60": 60,
+    "A4xZ5": 60,
+    "S3xZ4": 24,
+    "A5xM": 240,
+}
 
 
 def _check_monoid(monoid: Monoid) -> None:
