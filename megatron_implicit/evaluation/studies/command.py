@@ -25,7 +25,10 @@ from megatron_implicit.evaluation.studies.study import (
     settings_mark,
 )
 
-STUDIES: dict[str, str] = {}
+_HERE = "megatron_implicit.evaluation.studies"
+STUDIES: dict[str, str] = {
+    "state-tracking": f"{_HERE}.state_tracking",
+}
 """Modules of the studies by the names of their commands, in the report's order."""
 
 
