@@ -23,13 +23,11 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from megatron_implicit import exits  # noqa: E402
+from megatron_implicit.data.shipped import CORPUS, VOCABULARY  # noqa: E402
 from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 from megatron_implicit.telemetry.metrics_file import read_metrics  # noqa: E402
 from megatron_implicit.telemetry.plots import write_plots  # noqa: E402
 from megatron_implicit.telemetry.summary import PhaseSummary, RunSummary, summarize  # noqa: E402
-
-CORPUS = ROOT / "launch" / "corpus"
-VOCABULARY = 4096
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from megatron_implicit.api import PretrainedModel
 from megatron_implicit.config import DataConfig
 from megatron_implicit.data.datasets import open_datasets, open_tokenizer
-from megatron_implicit.data.sampling import Batch, TaskSamples, read_microbatch
+from megatron_implicit.data.sampling import Batch, Samples, TaskSamples, read_microbatch
 from megatron_implicit.data.tasks import open_task
 from megatron_implicit.errors import DataError
 from megatron_implicit.models.parameters import count_parameters
@@ -71,7 +71,7 @@ def measure_perplexity(
         DataError: the data is missing, damaged, of another tokenizer, or has no such split.
     """
     data = dataclasses.replace(lm.config.data, path=data_path or lm.config.data.path)
-    samples = _open_split(data, split, lm) if data.task == "text" else _open_task_split(data, split, lm, max_sequences)
+    samples = open_split(lm, data, split) if data.task == "text" else _open_task_split(data, split, lm, max_sequences)
     total = min(len(samples), max_sequences or len(samples))
 
     def batches() -> Iterator[Batch]:
@@ -94,7 +94,12 @@ def _open_task_split(
     return open_task(data).samples(split, count, data.sequence_length, train.seed)
 
 
-def _open_split(data: DataConfig, split: Split, lm: PretrainedModel):
+def open_split(lm: PretrainedModel, data: DataConfig, split: Split) -> Samples:
+    """A split's samples, each once, cut as in the model's training.
+
+    Raises:
+        DataError: the data is missing, damaged, of another tokenizer, or has no such split.
+    """
     tokenizer = open_tokenizer(data)
     if tokenizer.vocab_size > lm.config.model.vocab_size:
         raise DataError(

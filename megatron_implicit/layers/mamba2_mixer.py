@@ -24,6 +24,7 @@ from megatron_implicit.layers.sharding import Placed, Placement
 from megatron_implicit.layers.stack_config import StackConfig
 from megatron_implicit.layers.weights import SectionedWeight, mark_sharded
 from megatron_implicit.ops.causal_conv import causal_conv1d
+from megatron_implicit.ops.precision import compute_dtype
 from megatron_implicit.ops.ssd import ssd_scan
 
 HEAD_PARAMETERS = ("dt_bias", "A_log", "D")
@@ -75,7 +76,7 @@ class Mamba2Mixer(Placed, nn.Module):
             lengths=states.lengths if states is not None else None,
         )  # fmt: skip
         x, B, C = xbc.split([self.inner, bc, bc], dim=-1)
-        dt = F.softplus(dt.float() + self.dt_bias)
+        dt = F.softplus(dt.to(compute_dtype(dt)) + self.dt_bias)
         if states is not None and states.counting is not None:
             dt = dt * states.counting.unsqueeze(-1)  # a step of no length neither decays nor enters the state
         y, ssm_state = ssd_scan(
