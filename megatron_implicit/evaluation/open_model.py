@@ -90,8 +90,8 @@ class OpenModel:
             if residual < tolerance:
                 return z, count
         raise DivergedError(
-            f"the solve of {ids.shape[1]} tokens is at a residual of {residual:.1e} after {limit} evaluations, not below "
-            f"{tolerance:g}: lower the damping of {self.damping:g}, or take a model whose iteration converges"
+            f"the solve of {ids.shape[1]} tokens is at a residual of {residual:.1e} after {limit} evaluations, not "
+            f"below {tolerance:g}: lower the damping of {self.damping:g}, or take a model whose iteration converges"
         )
 
     @torch.no_grad()
@@ -176,7 +176,14 @@ def jacobian(
     return torch.cat(parts)
 
 
-def off_diagonal_mass(matrix: Tensor) -> float:
-    """The share of a square matrix's sum of magnitudes that lies off its diagonal: 0 of a diagonal one."""
+def off_diagonal_mass(matrix: Tensor, rows: Optional[Sequence[int]] = None) -> float:
+    """The share of a square matrix's sum of magnitudes that lies off its diagonal: 0 of a diagonal one.
+
+    Args:
+        matrix: [n, n], or some of its rows.
+        rows: which those are, [matrix rows].
+    """
     magnitudes = matrix.abs()
-    return float(1 - magnitudes.diagonal().sum() / magnitudes.sum())
+    places = torch.arange(len(matrix)) if rows is None else torch.as_tensor(rows)
+    off_diagonal = magnitudes.scatter(1, places.to(matrix.device)[:, None], 0.0)
+    return float(off_diagonal.sum() / magnitudes.sum())

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence, get_args
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_implicit.api import PretrainedModel, load_pretrained
-from megatron_implicit.config.schema import Family
 from megatron_implicit.data.shipped import prepare_shipped_corpus
 from megatron_implicit.errors import ConfigError
 from megatron_implicit.evaluation.perplexity import open_split
@@ -81,6 +80,16 @@ def open_models(
         return {lm.config.model.family: lm}
     trained = train_all(trainings(models, context, families), context)
     return {family: load_pretrained(run.folder) for family, run in zip(families, trained)}
+
+
+def verdict(met: Mapping[str, bool]) -> str:
+    """Whether a claim holds, by the families it was judged for."""
+    holding, failing = ([NAMES[family] for family in met if met[family] is holds] for holds in (True, False))
+    if not met:
+        return "not judged"
+    if holding and failing:
+        return f"confirmed for {' and '.join(holding)}, refuted for {' and '.join(failing)}"
+    return "refuted" if failing else "confirmed"
 
 
 def held_out_text(lm: PretrainedModel, tokens: int, sequences: int, split: str = "validation") -> Tensor:
