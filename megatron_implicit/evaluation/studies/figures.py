@@ -62,6 +62,28 @@ def draw_matrix(axes: Axes, values: np.ndarray, title: str, limit: float | None 
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
 
 
+def draw_magnitudes(axes: Axes, values: np.ndarray, title: str, decades: int = 6, scale: bool = True) -> None:
+    """A heat map of magnitudes on a logarithmic scale that ends at 1.
+
+    Args:
+        axes: to draw in.
+        values: [rows, columns] of any sign.
+        title: above it.
+        decades: powers of ten that are shown; what is smaller is as dark as 10^-decades.
+        scale: whether to draw the colour bar.
+    """
+    from matplotlib.colors import LogNorm
+
+    magnitudes = np.abs(values).clip(min=10.0**-decades)
+    image = axes.imshow(magnitudes, cmap="viridis", norm=LogNorm(10.0**-decades, 1.0), interpolation="nearest")
+    axes.grid(False)
+    axes.set_title(title)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    if scale:
+        axes.figure.colorbar(image, ax=axes, shrink=0.8)
+
+
 def draw_with_spread(
     axes: Axes, x: Sequence[float], runs: np.ndarray, label: str, colour: str, dash: str = "-"
 ) -> None:
