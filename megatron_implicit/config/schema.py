@@ -295,6 +295,9 @@ class TelemetryConfig:
     """Steps between console lines."""
     plots: bool = True
     """Write PNG plots of loss, evaluations and residuals into the run's plots/ folder when a job ends."""
+    spectral_radius_every: int = 0
+    """Steps between estimates of the spectral radius of dF/dz at the fixed point (metric spectral_radius), of implicit
+    models without pipeline; each costs a solve and 32 backward passes of F on a microbatch. 0 makes none."""
     rank_file_every_s: float = 10.0
     """Seconds between lines of ranks/rank_*.jsonl, where each rank says what its time went to; 0 writes none."""
     tensorboard: bool = False

@@ -269,6 +269,7 @@ def _validate_training(config: Config) -> None:
         _positive("run", config.run, "time_limit_minutes")
     _positive("checkpoint", config.checkpoint, "keep_last")
     _validate_telemetry(config.telemetry)
+    _validate_spectral_radius(config)
     _require(
         0 <= schedule.warmup_fraction < 1,
         f"schedule.warmup_fraction={schedule.warmup_fraction} must lie in [0, 1): some step must reach the peak",
@@ -303,6 +304,17 @@ def _validate_telemetry(telemetry: TelemetryConfig) -> None:
     every, port = telemetry.rank_file_every_s, telemetry.prometheus_port
     _require(every >= 0, f"telemetry.rank_file_every_s={every} must not be negative")
     _require(0 <= port < 65536, f"telemetry.prometheus_port={port} must be a port, or 0 for a free one")
+
+
+def _validate_spectral_radius(config: Config) -> None:
+    every = config.telemetry.spectral_radius_every
+    name = f"telemetry.spectral_radius_every={every}"
+    _require(every >= 0, f"{name} must not be negative")
+    _require(not every or config.implicit, f"{name} needs an implicit model: {config.model.family} has no fixed point")
+    _require(
+        not every or config.parallel.pipeline == 1,
+        f"{name} needs all of F on a rank: a pipeline stage has a part of it. Set it to 0 or parallel.pipeline=1",
+    )
 
 
 def _validate_health(config: Config) -> None:

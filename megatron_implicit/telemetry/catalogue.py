@@ -57,6 +57,8 @@ RUN_METRICS: dict[str, Metric] = _metrics(
     ("token_residual_p99", "token residual, 99%", "", "Relative residual of single tokens at the last evaluation."),
     ("token_residual_p100", "token residual, largest", "", "Relative residual of the worst token: a limit cycle hides "
      "here long before it shows in the mean."),
+    ("spectral_radius", "spectral radius", "", "Estimated spectral radius of dF/dz at fixed points of a microbatch, "
+     "where telemetry.spectral_radius_every asks for it: below 1 the undamped iteration converges there."),
     ("skipped_steps", "skipped steps", "", "Steps of this job whose update was left out because they were bad."),
     ("checkpoint_time", "newest checkpoint", "unix s", "When the newest checkpoint became whole; its age is what a "
      "crash would cost."),

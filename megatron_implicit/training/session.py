@@ -39,6 +39,7 @@ from megatron_implicit.training.callbacks import (
     Metrics,
     Plots,
     Reporting,
+    SpectralRadius,
     TargetLoss,
     Validation,
 )
@@ -112,9 +113,10 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
 def standard_callbacks(config: Config) -> list[Callback]:
     """What a run does around its steps, in order."""
     faults = [Faults(config.debug.inject)] if config.debug.inject else []
+    spectrum = [SpectralRadius()] if config.telemetry.spectral_radius_every else []
     return [
-        Interruption(config.run), *faults, Validation(), TargetLoss(), Metrics(), Console(), Reporting(), Desync(),
-        Checkpointing(), Plots(), Events(),
+        Interruption(config.run), *faults, Validation(), TargetLoss(), Metrics(), *spectrum, Console(), Reporting(),
+        Desync(), Checkpointing(), Plots(), Events(),
     ]  # fmt: skip
 
 

@@ -13,10 +13,11 @@ from megatron_implicit.training.callbacks.interruption import Interruption
 from megatron_implicit.training.callbacks.metrics import Metrics
 from megatron_implicit.training.callbacks.plots import Plots
 from megatron_implicit.training.callbacks.reporting import Reporting
+from megatron_implicit.training.callbacks.spectral_radius import SpectralRadius
 from megatron_implicit.training.callbacks.target_loss import TargetLoss
 from megatron_implicit.training.callbacks.validation import Validation
 
 __all__ = [
     "Callback", "Checkpointing", "Console", "Desync", "Events", "Faults", "Interruption", "Metrics", "Plots",
-    "Reporting", "TargetLoss", "Validation",
+    "Reporting", "SpectralRadius", "TargetLoss", "Validation",
 ]  # fmt: skip
