@@ -28,6 +28,11 @@ from megatron_implicit.evaluation.studies.study import (
 _HERE = "megatron_implicit.evaluation.studies"
 STUDIES: dict[str, str] = {
     "state-tracking": f"{_HERE}.state_tracking",
+    "length-extrapolation": f"{_HERE}.length_extrapolation",
+    "duality": f"{_HERE}.duality",
+    "jacobian": f"{_HERE}.jacobian",
+    "adaptive-compute": f"{_HERE}.adaptive_compute",
+    "phantom-gradient": f"{_HERE}.phantom_gradient",
 }
 """Modules of the studies by the names of their commands, in the report's order."""
 
