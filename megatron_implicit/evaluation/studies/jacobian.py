@@ -80,7 +80,7 @@ def run(settings: Settings, context: StudyContext) -> StudyResult:
     """Measures the models that have a recurrence, or the user's."""
     found = {}
     for name, lm in _models(settings, context).items():
-        text = _text(name, lm, settings)
+        text = _text(lm, settings)
         measured = context.once(_file(name), lambda lm=lm, text=text: vars(_measure(lm, text, settings)))
         found[name] = _Found(**measured)
         context.say(f"{_shown(name)}: Jacobians of {len(settings.positions)} tokens")
@@ -103,9 +103,9 @@ def _word_problem_run(runs: Path) -> Optional[Path]:
     return Path(max(found)[1]) if found else None
 
 
-def _text(name: str, lm: PretrainedModel, settings: Settings) -> Tensor:
+def _text(lm: PretrainedModel, settings: Settings) -> Tensor:
     """[1, tokens]: held-out text, or random elements of a word problem."""
-    if name != WORD_PROBLEM:
+    if lm.config.data.task == "text":
         return held_out_text(lm, settings.tokens, 1)[:, :-1]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(lm.config.model.vocab_size, (1, lm.config.data.sequence_length), generator=generator)
