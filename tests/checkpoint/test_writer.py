@@ -172,7 +172,8 @@ def test_a_disk_that_fills_up_costs_the_save_only(job: Job, tmp_path: Path, asyn
         free = shutil.disk_usage(tmp_path / "disk").free
         with contextlib.suppress(OSError):  # filled by someone else, while it is written or before it is completed
             (tmp_path / "disk" / "filler").write_bytes(bytes(free))
-        with pytest.raises(SaveError, match="step_00000003 could not be saved .*(No space left on device|OSError|RuntimeError)"):
+        reason = "No space left on device|OSError|RuntimeError"  # Megatron-Core 0.19 names only the kind of an error
+        with pytest.raises(SaveError, match=f"step_00000003 could not be saved .*({reason})"):
             writer.finish()
         assert folder.latest() == first and find_problem(first) is None
         assert folder.steps() == [1]
