@@ -23,6 +23,7 @@ def measure_accuracy(
     *,
     mode: str = "simultaneous",
     max_iterations: Optional[int] = None,
+    tolerance: Optional[float] = None,
     non_identity_share: Optional[float] = None,
     seed: int = 0,
     batch_size: int = 64,
@@ -35,6 +36,7 @@ def measure_accuracy(
         words: how many.
         mode: simultaneous or sequential.
         max_iterations: of a solve, its output pass included; None takes the configuration's.
+        tolerance: of a solve; None takes the configuration's.
         non_identity_share: None takes the one of training.
         seed: of the words.
         batch_size: words at a time; changes nothing but speed.
@@ -42,7 +44,8 @@ def measure_accuracy(
     data, device = lm.config.data, next(lm.parameters()).device
     share = data.non_identity_share if non_identity_share is None else non_identity_share
     samples = WordProblem(monoid_named(data.group), share).samples("test", words, length, seed)
-    overrides = {"max_iterations": max_iterations} if max_iterations and lm.config.implicit else {}
+    wanted = {"max_iterations": max_iterations, "tolerance": tolerance} if lm.config.implicit else {}
+    overrides = {name: value for name, value in wanted.items() if value is not None}
     right, evaluations = torch.zeros(length, dtype=torch.float64), 0.0
     for start in range(0, words, batch_size):
         batch = samples.batch(range(start, min(start + batch_size, words)))

@@ -43,10 +43,14 @@ class Settings:
     """Most iterations of a training solve."""
     cap_stages: dict[str, tuple[Stage, ...]]
     """Lengths and steps of the trainings that differ by that cap, by group."""
+    unrolled_groups: tuple[str, ...]
+    """Groups of those that are trained with all iterations unrolled, too."""
     layers: tuple[int, ...]
     """Of the deeper explicit models."""
     shares: tuple[float, ...] = (0.1, 0.25, 0.5, 1.0)
     """Of non-identity elements in evaluation."""
+    tolerance: float = 0.01
+    """Of the solves of evaluation: a residual is a mean over the whole word, whose last element converges last."""
     words: int = 256
     """Test words of a measurement."""
     warmup_steps: int = 100
@@ -60,10 +64,11 @@ SIZES = {
         explicit_overrides={},
         seeds=(1, 2, 3),
         stages=(Stage(4, 3000, 0.1, 16), Stage(8, 1500, 0.1, 16), Stage(16, 2000, 0.06, 16)),
-        longer=Stage(32, 1500, 0.1, 64),
+        longer=Stage(32, 1500, 0.1, 64, learning_rate=1e-3, inference_tolerance=0.01),
         beyond=(32, 64, 128),
         caps=(2, 4, 8, 16, 32),
         cap_stages={"S3": (Stage(8, 600, 0.02, 16),), "A5": (Stage(4, 1500, 0.1, 16), Stage(8, 700, 0.1, 16))},
+        unrolled_groups=("S3",),
         layers=(2, 4, 16),
     ),
     "paper": Settings(
@@ -76,6 +81,7 @@ SIZES = {
         beyond=(512, 1024, 2048),
         caps=(2, 4, 8, 16, 32),
         cap_stages={"A5": (Stage(16, 10_000, 0.05, 32), Stage(64, 10_000, 0.05, 32))},
+        unrolled_groups=("A5",),
         layers=(2, 4, 8, 16),
         warmup_steps=500,
     ),

@@ -70,6 +70,8 @@ def by_cap(
     with drawing(context.folder / "by_cap.png", panels=len(groups)) as panels:
         for axes, group in zip(panels, groups):
             for number, (gradient, solve, label) in enumerate(lines):
+                if (group, gradient, caps[0]) not in measured:
+                    continue
                 shares = [measured[group, gradient, cap][solve]["accuracy"] for cap in caps]
                 axes.plot(caps, shares, DASHES[number], marker="o", color=COLOURS[number], label=label)
             axes.set_xscale("log", base=2)
@@ -77,7 +79,7 @@ def by_cap(
             length = measured[group, "phantom", caps[0]]["free"]["length"]
             axes.set(xlabel="iterations while training", ylim=(0, 1.03), title=f"{group}, length {length}")
         panels[0].set_ylabel("share of positions right")
-        panels[-1].legend(loc="lower right", fontsize=9)
+        panels[0].legend(loc="lower right", fontsize=9)
     return Figure("by_cap.png", "Accuracy by the cap on training iterations (phantom: four more passes with gradient)")
 
 

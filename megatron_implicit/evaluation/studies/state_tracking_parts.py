@@ -55,7 +55,7 @@ class Model:
 
             return measure_accuracy(
                 load_pretrained(self.trained.folder), length, self.settings.words, mode=mode, max_iterations=cap,
-                non_identity_share=share, seed=self.seed,
+                tolerance=self.settings.tolerance, non_identity_share=share, seed=self.seed,
             )  # fmt: skip
 
         options = "".join(f"-{name}{value}" for name, value in (("cap", cap), ("share", share)) if value is not None)
@@ -87,8 +87,8 @@ def _explicit(settings: Settings, layers: int, minutes: float, seed: int) -> Tra
 
 
 def time_of(models: Sequence[Model]) -> float:
-    """Minutes that explicit models get: the longest that an implicit one took, up to the next tenth."""
-    return float(np.ceil(10 * max(model.minutes for model in models)) / 10)
+    """Minutes that explicit models get: what implicit ones took on average, up to the next tenth."""
+    return float(np.ceil(10 * np.mean([model.minutes for model in models])) / 10)
 
 
 def compare(settings: Settings, context: StudyContext, implicit: list[Model]) -> StudyResult:
@@ -174,10 +174,9 @@ def second_group(settings: Settings, context: StudyContext) -> StudyResult:
 
 def vary_iterations(settings: Settings, context: StudyContext) -> StudyResult:
     """The cap on training iterations, with the phantom gradient and unrolled: an explicit stack with shared weights."""
-    keys = [
-        (group, gradient, cap)
-        for group in settings.cap_stages for gradient in ("phantom", "unrolled") for cap in settings.caps
-    ]  # fmt: skip
+    pairs = [(group, "phantom") for group in settings.cap_stages]
+    pairs += [(group, "unrolled") for group in settings.unrolled_groups]
+    keys = [(*pair, cap) for pair in pairs for cap in settings.caps]
     models = dict(zip(keys, train([_capped(settings, *key) for key in keys], settings, context), strict=True))
     rows, free, numbers = [], {}, {}
     for (group, gradient, cap), model in models.items():

@@ -22,6 +22,10 @@ class Stage:
     """Held-out loss (nats a token) that ends it earlier."""
     max_iterations: int
     """Of the training solve."""
+    learning_rate: Optional[float] = None
+    """None takes the preset's."""
+    inference_tolerance: Optional[float] = None
+    """Of the held-out loss's solves; None takes the preset's."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ def implicit_trainings(curriculum: Curriculum, warmup_steps: int) -> list[Traini
             "solver.max_iterations": stage.max_iterations,
             "schedule.warmup_fraction": round(warmup_steps / steps, 6),
         }
+        changes = {"optimizer.learning_rate": stage.learning_rate, "inference.tolerance": stage.inference_tolerance}
+        values |= {key: value for key, value in changes.items() if value is not None}
         trainings.append(_training(curriculum, stage.length, values, None, trainings))
     return trainings
 

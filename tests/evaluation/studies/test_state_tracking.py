@@ -130,7 +130,7 @@ def test_the_study_says_what_it_found(
     settings = dataclasses.replace(
         SIZES["tiny"], seeds=(1, 2), stages=(Stage(4, 3, 0.1, 4), Stage(6, 3, 0.1, 4)), longer=Stage(8, 3, 0.1, 4),
         beyond=(8, 10), caps=(2, 8), cap_stages={"S3": (Stage(5, 3, 0.1, 4),), "A5": (Stage(5, 3, 0.1, 4),)},
-        layers=(2,), shares=(0.5, 1.0), words=8,
+        unrolled_groups=("S3",), layers=(2,), shares=(0.5, 1.0), words=8,
     )  # fmt: skip
     context = StudyContext("state-tracking", "tiny", tmp_path)
     result = state_tracking.run(settings, context)
