@@ -26,7 +26,7 @@ def measure_accuracy(
     tolerance: Optional[float] = None,
     non_identity_share: Optional[float] = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: Optional[int] = None,
 ) -> Measured:
     """Accuracy on words of the test split of the model's own group.
 
@@ -39,13 +39,14 @@ def measure_accuracy(
         tolerance: of a solve; None takes the configuration's.
         non_identity_share: None takes the one of training.
         seed: of the words.
-        batch_size: words at a time; changes nothing but speed.
+        batch_size: words at a time; changes nothing but speed. None takes 64, or 256 where single tokens are solved.
     """
     data, device = lm.config.data, next(lm.parameters()).device
     share = data.non_identity_share if non_identity_share is None else non_identity_share
     samples = WordProblem(monoid_named(data.group), share).samples("test", words, length, seed)
     wanted = {"max_iterations": max_iterations, "tolerance": tolerance} if lm.config.implicit else {}
     overrides = {name: value for name, value in wanted.items() if value is not None}
+    batch_size = batch_size or (64 if mode == "simultaneous" else 256)
     right, evaluations = torch.zeros(length, dtype=torch.float64), 0.0
     for start in range(0, words, batch_size):
         batch = samples.batch(range(start, min(start + batch_size, words)))
