@@ -112,4 +112,4 @@ def wait_until(reached: Callable[[], bool], timeout: float, what: str, pause: fl
 def start_pretraining(launcher: list[object], config: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
     """launch/pretrain.py under some launcher."""
     command = [*launcher, REPOSITORY / "launch" / "pretrain.py", "--config", config, "--run.dir", run_dir]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=180)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
