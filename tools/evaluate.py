@@ -24,6 +24,7 @@ class Evaluation(NamedTuple):
 _STUDIES = "megatron_implicit.evaluation.studies.command"
 EVALUATIONS: dict[str, Evaluation] = {
     "perplexity": Evaluation("megatron_implicit.evaluation.perplexity_command", "loss on held-out text"),
+    "downstream": Evaluation("megatron_implicit.evaluation.downstream.command", "seven question sets, with lm-eval"),
     "state-tracking": Evaluation(_STUDIES, "word problems over groups: what explicit models cannot follow"),
     "catbabi": Evaluation(_STUDIES, "questions on stories longer than those of training"),
     "length-extrapolation": Evaluation(_STUDIES, "perplexity by position beyond the training length"),

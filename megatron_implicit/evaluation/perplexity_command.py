@@ -1,6 +1,8 @@
 """Measure the loss of a checkpoint on text that was held out of training.
 
     python tools/evaluate.py perplexity --checkpoint runs/quickstart/implicit_mamba2 --split validation
+
+The sequences are split and packed as in training; the checkpoint's configuration says from which data.
 """
 
 from __future__ import annotations

@@ -42,3 +42,11 @@ def test_what_it_does_not_know_is_refused(work) -> None:
     work.fails("required: NAME", "evaluate", code=2)
     work.fails("required: --checkpoint (see evaluate.py perplexity --help)", "evaluate", "perplexity", code=2)
     work.fails("nowhere is not a folder", "evaluate", "perplexity", "--checkpoint", "nowhere")
+
+
+def test_downstream_names_missing_files_and_unknown_tasks(work) -> None:
+    given = ("evaluate", "downstream", "--checkpoint", "nowhere", "--data")
+    work.fails("--data data is not a folder", *given, "data")
+    (work.folder / "data").mkdir()
+    work.fails("no winogrande_1.1/dev.jsonl (winogrande)", *given, "data", "--tasks", "lambada,winogrande")
+    work.fails("there is no task 'arc'", *given, "data", "--tasks", "arc", code=2)

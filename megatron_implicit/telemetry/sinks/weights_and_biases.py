@@ -13,7 +13,7 @@ from megatron_implicit.telemetry.sinks.base import Identity, Sink
 TOLD_AGAIN_BYTES = 512 * 1024
 """Of metrics.jsonl: more steps than wandb keeps to itself (32 KiB)."""
 CONNECT_S = 60.0
-"""Seconds that reaching the server may take; wandb's own WANDB_INIT_TIMEOUT says otherwise."""
+"""Seconds that reaching the server may take."""
 
 
 class WandbSink(Sink):
@@ -32,7 +32,6 @@ class WandbSink(Sink):
 
         identity = self._identity
         os.environ.setdefault("WANDB_SILENT", "true")
-        connect_s = float(os.environ.get("WANDB_INIT_TIMEOUT", CONNECT_S))
         self._run = wandb.init(
             project=self._config.wandb_project,
             id=identity.run_id,
@@ -42,7 +41,7 @@ class WandbSink(Sink):
             resume="allow",
             config=identity.config,
             settings=wandb.Settings(
-                init_timeout=connect_s, console="off", disable_git=True, disable_code=True, silent=True
+                init_timeout=CONNECT_S, console="off", disable_git=True, disable_code=True, silent=True
             ),
         )
         # Our own step: wandb's only grows, and would leave out the steps that are made again after a crash.
