@@ -173,6 +173,10 @@ class DataConfig:
     """word_problem: probability that a position's group element is drawn (uniformly); else it is the identity."""
     stories: Optional[str] = None
     """stories: folder of the published files; None generates stories in their format."""
+    story_tasks: list[str] = field(default_factory=list)
+    """stories: the tasks told, names of generated ones or numbers of published ones; empty means all."""
+    story_statements: int = 12
+    """stories: statements of the longest generated story."""
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 - ``base``: the ``Task`` protocol
 - ``groups``: multiplication tables of groups and monoids; ``word_problem``: running products in them
+- ``stories``: questions about stories
 
 A new task is a module with a function ``open_task(data: DataConfig) -> Task``, named in ``TASKS``. Imports what
 ``data`` may.
@@ -17,7 +18,10 @@ from megatron_implicit.errors import ConfigError
 
 __all__ = ["Split", "TASKS", "Task", "TaskSamples", "open_task"]
 
-TASKS = {"word_problem": "megatron_implicit.data.tasks.word_problem"}
+TASKS = {
+    "word_problem": "megatron_implicit.data.tasks.word_problem",
+    "stories": "megatron_implicit.data.tasks.stories",
+}
 """Modules by ``data.task``."""
 
 
