@@ -28,6 +28,7 @@ from megatron_implicit.evaluation.studies.study import (
 _HERE = "megatron_implicit.evaluation.studies"
 STUDIES: dict[str, str] = {
     "state-tracking": f"{_HERE}.state_tracking",
+    "catbabi": f"{_HERE}.catbabi",
     "length-extrapolation": f"{_HERE}.length_extrapolation",
     "duality": f"{_HERE}.duality",
     "jacobian": f"{_HERE}.jacobian",

@@ -55,6 +55,10 @@ class GeneratedStories:
             )
         return GeneratedSamples(self, split, count, sequence_length, seed)
 
+    def tell(self, task: str, statements: int, count: int) -> list[list[int]]:
+        """Tokens of test stories of one task with exactly so many statements, the same at every call."""
+        return [tell_story(task, statements, draws(f"told/{task}/{statements}/{number}")) for number in range(count)]
+
 
 class GeneratedSamples:
     """Rows of stories one after another; the last one is cut where the row ends."""

@@ -69,6 +69,12 @@ class PublishedStories:
             for story in self._stories[split] if story.task in self.tasks
         ]  # fmt: skip
 
+    def tell(self, task: str, statements: int, count: int) -> list[list[int]]:
+        """Tokens of the first ``count`` test stories of one task with at most so many statements and more than half."""
+        stop = self.vocabulary.id(STOP)
+        tokens = [tokens for name, tokens in self.stories("test") if name == task]
+        return [story for story in tokens if statements / 2 < story.count(stop) <= statements][:count]
+
     def samples(self, split: Split, count: int, sequence_length: int, seed: int) -> "PublishedSamples":
         """See ``Task``; the training stories are told again in another order when all have been.
 
