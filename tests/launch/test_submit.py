@@ -191,7 +191,7 @@ def test_an_array_s_tasks_get_a_point_each(cluster_file: Path, tmp_path: Path) -
 
 def test_what_cannot_run_is_refused_before_it_is_submitted(cluster_file: Path) -> None:
     for arguments, words in (
-        (["implicit_mamba2_huge"], "implicit_mamba2_huge: neither a file nor a preset (explicit_llama_1.3b, "),
+        (["implicit_mamba2_huge"], "implicit_mamba2_huge: neither a file nor a preset (catbabi_"),
         (["implicit_mamba2_tiny", "--parallel.tensor", "2"], "needs a multiple of 2 processes, but the job has 1"),
         (["implicit_mamba2_tiny", "--train.stps", "2"], "unknown configuration key 'train.stps'"),
         (["implicit_mamba2_tiny", "--dry-rum"], "unrecognized argument --dry-rum"),

@@ -66,3 +66,19 @@ def test_impossible_settings_are_refused_in_a_line(words: Runs, arguments: tuple
 def test_a_changed_group_is_refused_by_name(words: Runs) -> None:
     job = words.start("learned", "--data.group", "Z7")
     assert job.code != 0 and "data.group=Z7 differs from Z5" in job.errors[0]
+
+
+STORIES = ("--data.task", "stories", "--data.sequence_length", "32", "--train.target_loss", "null",
+           "--train.validate_every", "0", "--train.steps", "2")  # fmt: skip
+
+
+def test_generated_stories_are_trained_on(words: Runs) -> None:
+    job = words.start("told", *STORIES)
+    assert job.code == 0, job.output
+    assert sorted(words.metrics("told")) == [1, 2]
+
+
+def test_stories_that_are_not_there_end_in_a_line(words: Runs, tmp_path: Path) -> None:
+    job = words.start(str(tmp_path / "run"), *STORIES, "--data.stories", str(tmp_path))
+    assert job.code != 0
+    assert len(job.errors) == 1 and "has neither en-valid-10k_train.txt (CatbAbI) nor qa1_train.txt" in job.errors[0]

@@ -33,11 +33,11 @@ class Reader:
 
     def hear(self, sentence: str) -> None:
         rules: dict[str, Callable[..., None]] = {
-            r"(\w+) goes to (\w+)": lambda who, where: self.at.update({who: where}),
-            r"(\w+) swaps with (\w+)": self._swap,
+            r"(\w+) enters (\w+)": lambda who, where: self.at.update({who: where}),
+            r"(\w+) and (\w+) swap": self._swap,
             r"(\w+) takes (\w+)": self._take,
             r"(\w+) leaves (\w+)": self._leave,
-            r"(\w+) gives (\w+) to (\w+)": self._give,
+            r"(\w+) gives (\w+) (\w+)": self._give,
             r"(\w+) faces (\w+)": lambda who, way: self.way.update({who: WAYS.index(way)}),
             r"(\w+) turns (\w+)": self._turn,
         }
@@ -60,7 +60,7 @@ class Reader:
         assert self.owner[thing] == who
         self.owner[thing], self.lies[thing] = None, self.at.get(who)
 
-    def _give(self, who: str, thing: str, other: str) -> None:
+    def _give(self, who: str, other: str, thing: str) -> None:
         assert self.owner[thing] == who != other
         self.owner[thing] = other
 
@@ -69,8 +69,8 @@ class Reader:
 
     def answer(self, question: str) -> str:
         words = question.split()
-        if words[:2] == ["which", "way"]:
-            return WAYS[self.way[words[3]]]
+        if words[:2] == ["where", "faces"]:
+            return WAYS[self.way[words[2]]]
         held = [thing for thing in ("lantern", "rope", "coin") if self.owner.get(thing) == words[-1]]
         if words[:2] == ["how", "many"]:
             return NUMBERS[len(held)]

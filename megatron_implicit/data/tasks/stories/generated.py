@@ -16,7 +16,7 @@ from megatron_implicit.errors import ConfigError
 
 LONGEST_SILENCE = 3
 """Statements after which a question is always asked."""
-SHORTEST_ROW = 40
+SHORTEST_ROW = 24
 """Tokens that are sure to hold a question with its answer."""
 
 

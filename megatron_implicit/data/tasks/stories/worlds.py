@@ -11,8 +11,8 @@ from typing import Callable, Protocol
 
 from megatron_implicit.data.tasks.stories.vocabulary import QUESTION, STOP, Vocabulary
 
-PEOPLE = ("ada", "bo", "cyd", "dov")
-ROOMS = ("mill", "tower", "harbour", "orchard", "bakery", "chapel")
+PEOPLE = ("ada", "bo", "cyd")
+ROOMS = ("mill", "tower", "harbour", "orchard", "bakery")
 THINGS = ("lantern", "rope", "coin")
 WAYS = ("north", "east", "south", "west")
 NUMBERS = ("none", "one", "two", "three")
@@ -24,8 +24,7 @@ BAGS = tuple(
 
 VOCABULARY = Vocabulary(
     (STOP, QUESTION, *PEOPLE, *ROOMS, *THINGS, *WAYS, *NUMBERS, *BAGS, "yes", "no")
-    + tuple("goes to takes leaves gives faces turns left right around swaps with where is in how many things has".split())
-    + tuple("what which way".split())
+    + tuple("enters takes leaves gives faces turns left right around and swap where is in how many has what".split())
 )
 
 Draw = Callable[[int], int]
@@ -49,13 +48,11 @@ _people, _rooms, _things, _ways, _numbers, _bags = (
     _words(" ".join(names)) for names in (PEOPLE, ROOMS, THINGS, WAYS, NUMBERS, BAGS)
 )
 (_stop,), (_question,), _yes_no = _words(STOP), _words(QUESTION), _words("no yes")
-_goes_to, _takes, _leaves, _gives, _to, _swaps_with = map(
-    _words, ("goes to", "takes", "leaves", "gives", "to", "swaps with")
+_enters, _takes, _leaves, _gives, _faces, _turns, _and, _swap, _is, _in = _words(
+    "enters takes leaves gives faces turns and swap is in"
 )
-_faces, _turns, _turn_words = _words("faces"), _words("turns"), _words("right around left")
-_where_is, _is, _in, _how_many, _what_has, _which_way = map(
-    _words, ("where is", "is", "in", "how many things has", "what has", "which way faces")
-)
+_turn_words = _words("right around left")
+_where_is, _where_faces, _how_many_has, _what_has = map(_words, ("where is", "where faces", "how many has", "what has"))
 
 
 def _some(members: list[int], draw: Draw) -> int:
@@ -76,7 +73,7 @@ class People:
         if self.room[person] < 0:
             self.known.append(person)
         self.room[person] = room
-        return [_people[person], *_goes_to, _rooms[room], _stop]
+        return [_people[person], _enters, _rooms[room], _stop]
 
     def tell(self, draw: Draw) -> list[int]:
         """See ``World``."""
@@ -95,7 +92,7 @@ class Claims(People):
         """See ``World``."""
         person, truth = _some(self.known, draw), draw(2)
         room = (self.room[person] + (0 if truth else 1 + draw(len(ROOMS) - 1))) % len(ROOMS)
-        return [*_is, _people[person], *_in, _rooms[room], _question, _yes_no[truth]]
+        return [_is, _people[person], _in, _rooms[room], _question, _yes_no[truth]]
 
 
 class Places(People):
@@ -110,7 +107,7 @@ class Places(People):
             return self.move(first, draw)
         second = (first + 1 + draw(len(PEOPLE) - 1)) % len(PEOPLE)
         self.room[first], self.room[second] = self.room[second], self.room[first]
-        return [_people[first], *_swaps_with, _people[second], _stop]
+        return [_people[first], _and, _people[second], _swap, _stop]
 
 
 class Carried(People):
@@ -133,12 +130,12 @@ class Carried(People):
         if not there:
             return self.move(draw(len(PEOPLE)), draw)
         self.bearer[thing] = person = _some(there, draw)
-        return [_people[person], *_takes, _things[thing], _stop]
+        return [_people[person], _takes, _things[thing], _stop]
 
     def _leave(self, thing: int) -> list[int]:
         person = self.bearer[thing]
         self.place[thing], self.bearer[thing] = self.room[person], -1
-        return [_people[person], *_leaves, _things[thing], _stop]
+        return [_people[person], _leaves, _things[thing], _stop]
 
     def _placed(self) -> list[int]:
         return [t for t in range(len(THINGS)) if self.bearer[t] >= 0 or self.place[t] >= 0]
@@ -167,13 +164,13 @@ class Owned:
         if not owners:
             person = draw(len(PEOPLE))
             self._change(person, thing)
-            return [_people[person], *_takes, _things[thing], _stop]
+            return [_people[person], _takes, _things[thing], _stop]
         self._change(owners[0], thing)
         if draw(2):
-            return [_people[owners[0]], *_leaves, _things[thing], _stop]
+            return [_people[owners[0]], _leaves, _things[thing], _stop]
         other = (owners[0] + 1 + draw(len(PEOPLE) - 1)) % len(PEOPLE)
         self._change(other, thing)
-        return [_people[owners[0]], *_gives, _things[thing], *_to, _people[other], _stop]
+        return [_people[owners[0]], _gives, _people[other], _things[thing], _stop]
 
     def _change(self, person: int, thing: int) -> None:
         self.held[person] ^= 1 << thing
@@ -183,7 +180,7 @@ class Owned:
     def ask(self, draw: Draw) -> list[int]:
         """See ``World``."""
         person = _some(self.known, draw)
-        return [*_how_many, _people[person], _question, _numbers[self.held[person].bit_count()]]
+        return [*_how_many_has, _people[person], _question, _numbers[self.held[person].bit_count()]]
 
 
 class Bags(Owned):
@@ -196,7 +193,7 @@ class Bags(Owned):
 
 
 class Turns:
-    """Two people face some way and turn right, around and left: which way do they face now?"""
+    """Two people face some way and turn right, around and left: where do they face now?"""
 
     def __init__(self) -> None:
         self.way = [-1, -1]
@@ -206,15 +203,15 @@ class Turns:
         person = draw(2)
         if self.way[person] < 0:
             self.way[person] = draw(len(WAYS))
-            return [_people[person], *_faces, _ways[self.way[person]], _stop]
+            return [_people[person], _faces, _ways[self.way[person]], _stop]
         turn = draw(3)
         self.way[person] = (self.way[person] + turn + 1) % len(WAYS)
-        return [_people[person], *_turns, _turn_words[turn], _stop]
+        return [_people[person], _turns, _turn_words[turn], _stop]
 
     def ask(self, draw: Draw) -> list[int]:
         """See ``World``."""
         person = _some([p for p in (0, 1) if self.way[p] >= 0], draw)
-        return [*_which_way, _people[person], _question, _ways[self.way[person]]]
+        return [*_where_faces, _people[person], _question, _ways[self.way[person]]]
 
 
 WORLDS: dict[str, Callable[[], World]] = {
