@@ -25,13 +25,27 @@ FAR = 4
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of training; each goes on from the one before it."""
+
+    name: str
+    """Of its run's folder."""
+    steps: int
+    """Of this stretch, for the implicit model."""
+    overrides: dict[str, Any]
+    """Of the presets."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """Of the study."""
 
     presets: dict[str, str]
     """Of launch/configs/, by the name of the model."""
-    steps: dict[str, int]
-    """Of training, by the name of the model."""
+    stages: tuple[Stage, ...]
+    """Of both models, but for their steps."""
+    explicit_steps: int
+    """Steps the explicit model makes for one of the implicit model; its steps are as many times cheaper, about."""
     statements: int
     """Of the longest story in training, as the presets have it."""
     seeds: tuple[int, ...]
@@ -47,13 +61,18 @@ class Settings:
 SIZES = {
     "tiny": Settings(
         presets={IMPLICIT: "catbabi_implicit_mamba2_tiny", EXPLICIT: "catbabi_explicit_mamba2_tiny"},
-        steps={IMPLICIT: 1800, EXPLICIT: 9000},
-        statements=12,
+        stages=(
+            Stage("short", 700, {"data.story_statements": 3, "data.sequence_length": 32, "schedule.decay_fraction": 0}),
+            Stage("whole", 1300, {}),
+        ),
+        explicit_steps=4,
+        statements=8,
         seeds=(1, 2),
     ),
     "paper": Settings(
         presets={IMPLICIT: "catbabi_implicit_mamba2", EXPLICIT: "catbabi_explicit_mamba2"},
-        steps={IMPLICIT: 15_000, EXPLICIT: 15_000},
+        stages=(Stage("whole", 15_000, {}),),
+        explicit_steps=1,
         statements=48,
         seeds=(1, 2, 3),
         stories=500,
@@ -92,8 +111,14 @@ def _measure_trained(settings: Settings, context: StudyContext) -> Measurements:
 
 
 def _training(settings: Settings, name: str, seed: int) -> Training:
-    overrides = {"train.seed": seed, "train.steps": settings.steps[name], "data.story_statements": settings.statements}
-    return Training(f"catbabi/{settings.presets[name]}-seed{seed}", settings.presets[name], overrides)
+    """The last stage's, which has the others before it."""
+    before, steps = None, 0
+    for stage in settings.stages:
+        steps += stage.steps * (1 if name == IMPLICIT else settings.explicit_steps)
+        overrides = {"train.seed": seed, "train.steps": steps, **stage.overrides}
+        folder = f"catbabi/{settings.presets[name]}-seed{seed}-{stage.name}"
+        before = Training(folder, settings.presets[name], overrides, after=before)
+    return before
 
 
 def _measure_checkpoint(settings: Settings, context: StudyContext) -> Measurements:

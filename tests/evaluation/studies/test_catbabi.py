@@ -72,8 +72,17 @@ def test_both_models_have_the_same_parameters_stories_and_recipe(size: str) -> N
     implicit, explicit = configs[IMPLICIT], configs[EXPLICIT]
     assert implicit.data == explicit.data and implicit.data.story_statements == SIZES[size].statements
     assert implicit.optimizer == explicit.optimizer
-    assert (implicit.solver.tolerance, implicit.solver.phantom_steps, implicit.inference.max_iterations) == (0.03, 6, 200)
-    assert [phase.gradient for phase in implicit.curriculum] == ["unrolled", None]
+
+
+def test_the_presets_of_the_paper_have_its_recipe() -> None:
+    for name in ("catbabi_implicit_mamba2", "catbabi_implicit_llama"):
+        config = load_config(["--config", str(REPOSITORY / f"launch/configs/{name}.yaml")])
+        assert [phase.gradient for phase in config.curriculum] == ["unrolled", None]
+        assert (config.curriculum[0].max_iterations, round(config.curriculum[1].start * config.train.steps)) == (32, 5000)
+        assert (config.train.steps, config.train.global_batch_size) == (15_000, 128)
+        solver = config.solver
+        assert (solver.max_iterations, solver.tolerance, solver.phantom_steps, solver.phantom_damping) == (50, 0.03, 6, 0.5)
+        assert (config.inference.max_iterations, config.inference.tolerance) == (200, 0.03)
 
 
 def test_a_model_that_never_saw_stories_is_refused(tmp_path: Path, runs: Runs) -> None:
