@@ -1,7 +1,7 @@
 """CatbAbI: answers to questions about stories, and the iterations they take, by the length of the story.
 
-Source: arXiv 2502.07827, whose recipe for CatbAbI the presets follow. Models are trained on short stories and read longer ones;
-a story is read alone, from its beginning, and every question in it counts.
+Source: arXiv 2502.07827, whose recipe for CatbAbI the presets of the paper's size follow. Models are trained on short
+stories and read longer ones; a story is read alone, from its beginning, and every question in it counts.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from megatron_implicit.evaluation.studies.training import Training, train_all
 
 TITLE = "CatbAbI: questions about stories"
 CLAIM = (
-    "An implicit model answers questions about stories longer than those it was trained on better than an explicit model of "
-    "its size, and takes more iterations the longer they are."
+    "An implicit model answers questions about stories longer than those it was trained on better than an explicit model "
+    "of its size, and takes more iterations the longer they are."
 )
 IMPLICIT, EXPLICIT, CHECKPOINT = "implicit Mamba2", "explicit Mamba2", "the checkpoint"
 FAR = 4
@@ -94,7 +94,7 @@ def run(settings: Settings, context: StudyContext) -> StudyResult:
         _finding(measured),
         tables(measured, FAR),
         [
-            Figure("lengths.png", "Right answers and evaluations of F by the statements of a story; shaded: all seeds."),
+            Figure("lengths.png", "Right answers and evaluations of F by statements of a story; shaded: all seeds."),
             Figure("tasks.png", "Right answers by task, at the training length and beyond it."),
         ],
         measured.numbers(),
@@ -157,7 +157,9 @@ def _load(folder: Any, threads: int) -> Any:
     torch.set_num_threads(threads)
     lm = load_pretrained(folder)
     if lm.config.data.task != "stories":
-        raise ConfigError(f"{folder} was trained on {lm.config.data.task}, not on stories: give a run with data.task=stories")
+        raise ConfigError(
+            f"{folder} was trained on {lm.config.data.task}, not on stories: give a run with data.task=stories"
+        )
     return lm
 
 
@@ -190,8 +192,8 @@ def _finding(measured: Measurements) -> str:
     return (
         f"{'Confirmed' if above and grows else 'Not confirmed'}: at {FAR} times the training length "
         f"{_shares(ahead)} of the answers of the implicit models are right and {_shares(behind)} of the explicit ones' "
-        f"({'every' if above else 'not every'} implicit seed above every explicit one); a story of the training length takes "
-        f"{first:.1f} evaluations, one {FAR} times as long {last:.1f}."
+        f"({'every' if above else 'not every'} implicit seed above every explicit one); a story of the training length "
+        f"takes {first:.1f} evaluations, one {FAR} times as long {last:.1f}."
     )
 
 

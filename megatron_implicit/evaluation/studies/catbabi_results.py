@@ -23,7 +23,8 @@ class Measurements:
     _runs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def add(self, name: str, run: dict[str, Any], seconds: Optional[float] = None) -> None:
-        """One trained model: ``parameters``, and ``tasks`` by multiple and name: questions, right, evaluations, unconverged."""
+        """One trained model: ``parameters``, and ``tasks`` by multiple and name (questions, right, evaluations,
+        unconverged)."""
         self._runs.setdefault(name, []).append({**run, "seconds": seconds})
 
     @property

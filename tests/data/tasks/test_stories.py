@@ -173,7 +173,8 @@ def test_impossible_stories_are_refused_in_a_line() -> None:
 
 CATBABI = {
     "train": "1\tmim ran to the shed . where is mim ? shed\n"
-    "8\tmim got the pear . mim got the fig . what is mim carrying ? pear,fig mim left the fig . what is mim carrying ? pear\n"
+    "8\tmim got the pear . mim got the fig . what is mim carrying ? pear,fig mim left the fig . "
+    "what is mim carrying ? pear\n"
     "1\ttol ran to the barn . mim ran to the barn . where is tol ? barn\n",
     "valid": "1\ttol ran to the shed . where is tol ? shed\n",
     "test": "8\ttol got the fig . what is tol carrying ? fig\n",
@@ -253,7 +254,7 @@ def test_generated_stories_in_the_published_form_are_read_back(tmp_path: Path) -
         ("en-valid-10k_train.txt", "mim ran .", r"train.txt:1 is not a task's number, a tab and a story with answered"),
         ("en-valid-10k_train.txt", "1\tmim ran . where is mim ?", "train.txt:1 is not a task's number"),
         ("en-valid-10k_train.txt", "1\tmim ran .\n", "train.txt:1 is not a task's number"),
-        ("qa1_train.txt", "1 Mim ran to the shed.\n2 Where is Mim?\n", "train.txt:2 is neither a statement nor a question"),
+        ("qa1_train.txt", "1 Mim ran to the shed.\n2 Where is Mim?\n", "train.txt:2 is neither a statement nor a"),
         ("qa1_train.txt", "Mim ran to the shed.\n", "train.txt:1 does not begin with a line's number"),
         ("notes.txt", "", "has neither en-valid-10k_train.txt .CatbAbI. nor qa1_train.txt .bAbI.: name the folder"),
     ],

@@ -78,10 +78,12 @@ def test_the_presets_of_the_paper_have_its_recipe() -> None:
     for name in ("catbabi_implicit_mamba2", "catbabi_implicit_llama"):
         config = load_config(["--config", str(REPOSITORY / f"launch/configs/{name}.yaml")])
         assert [phase.gradient for phase in config.curriculum] == ["unrolled", None]
-        assert (config.curriculum[0].max_iterations, round(config.curriculum[1].start * config.train.steps)) == (32, 5000)
+        first, second = config.curriculum
+        assert (first.max_iterations, round(second.start * config.train.steps)) == (32, 5000)
         assert (config.train.steps, config.train.global_batch_size) == (15_000, 128)
         solver = config.solver
-        assert (solver.max_iterations, solver.tolerance, solver.phantom_steps, solver.phantom_damping) == (50, 0.03, 6, 0.5)
+        assert (solver.max_iterations, solver.tolerance) == (50, 0.03)
+        assert (solver.phantom_steps, solver.phantom_damping) == (6, 0.5)
         assert (config.inference.max_iterations, config.inference.tolerance) == (200, 0.03)
 
 

@@ -51,7 +51,8 @@ class GeneratedStories:
         """
         if sequence_length < SHORTEST_ROW:
             raise ConfigError(
-                f"data.sequence_length={sequence_length} may leave a sample without a question: use at least {SHORTEST_ROW}"
+                f"data.sequence_length={sequence_length} may leave a sample without a question: use at least "
+                f"{SHORTEST_ROW}"
             )
         return GeneratedSamples(self, split, count, sequence_length, seed)
 

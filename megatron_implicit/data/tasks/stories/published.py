@@ -1,10 +1,11 @@
 """The published stories: CatbAbI's files, or the bAbI files that CatbAbI is made of.
 
-CatbAbI (``en-valid-10k_{train,valid,test}.txt``, or ``en-valid_...`` with a tenth of the questions) has a story a line: the
-task's number, a tab, and the story's words with spaces between them, in small letters; ``.`` and ``?`` are words, and the
-word after each ``?`` is the answer (several things are one word, ``apple,football``). It is bAbI's folder ``en-valid-10k`` (or
-``en-valid``), files ``qa<task>_{train,valid,test}.txt``, in another form: a numbered line a sentence, 1 at a story's beginning;
-questions have a tab, the answer, a tab and the numbers of the lines that support it. Both give the same stories here.
+CatbAbI (``en-valid-10k_{train,valid,test}.txt``, or ``en-valid_...`` with a tenth of the questions) has a story a line:
+the task's number, a tab, and the story's words with spaces between them, in small letters; ``.`` and ``?`` are words, and
+the word after each ``?`` is the answer (several things are one word, ``apple,football``). It is bAbI's folder
+``en-valid-10k`` (or ``en-valid``), files ``qa<task>_{train,valid,test}.txt``, in another form: a numbered line a sentence,
+1 at a story's beginning; questions have a tab, the answer, a tab and the numbers of the lines that support it. Both give
+the same stories here.
 """
 
 from __future__ import annotations
@@ -147,8 +148,8 @@ def _read_split(folder: Path, split: Split) -> list[Story]:
     files = sorted((int(match[1]), path) for match, path in matches if match and match[2] == name)
     if not files:
         raise DataError(
-            f"data.stories={folder} has neither {PREFIXES[0]}_{name}.txt (CatbAbI) nor qa1_{name}.txt (bAbI): name the folder "
-            "that catbAbI's preprocessing wrote, or en-valid-10k of tasks_1-20_v1-2.tar.gz, or drop data.stories"
+            f"data.stories={folder} has neither {PREFIXES[0]}_{name}.txt (CatbAbI) nor qa1_{name}.txt (bAbI): name the "
+            "folder that catbAbI's preprocessing wrote, or en-valid-10k of tasks_1-20_v1-2.tar.gz, or drop data.stories"
         )
     return [story for task, path in files for story in _read_babi(path, str(task))]
 
@@ -169,7 +170,9 @@ def _read_catbabi(path: Path) -> Iterator[Story]:
         task, tab, text = line.partition("\t")
         words = tuple(text.split())
         if not tab or not task.isdecimal() or QUESTION not in words or words[-1] == QUESTION:
-            raise DataError(f"{where} is not a task's number, a tab and a story with answered questions: copy the file again")
+            raise DataError(
+                f"{where} is not a task's number, a tab and a story with answered questions: copy the file again"
+            )
         yield Story(task, words)
 
 

@@ -1,8 +1,8 @@
 """Small worlds that stories are told of: each tells what happens in it and asks about where that has led.
 
 A statement changes the world's state, and only the state answers a question. In some worlds the last statement about a
-name is all that counts; in others statements act on what earlier ones made (a thing moves with its bearer, a turn adds to
-the turns before it, two people change places), so that a reader has to keep the state. A world is one story's.
+name is all that counts; in others statements act on what earlier ones made (a thing moves with its bearer, a turn adds
+to the turns before it, two people change places), so that a reader has to keep the state. A world is one story's.
 """
 
 from __future__ import annotations
@@ -215,6 +215,7 @@ class Turns:
 
 
 WORLDS: dict[str, Callable[[], World]] = {
-    "people": People, "things": Carried, "claims": Claims, "counts": Owned, "lists": Bags, "turns": Turns, "places": Places,
+    "people": People, "things": Carried, "claims": Claims, "counts": Owned, "lists": Bags, "turns": Turns,
+    "places": Places,
 }  # fmt: skip
 """Worlds by the names of their tasks; a task's number is its place here, counted from 1."""
