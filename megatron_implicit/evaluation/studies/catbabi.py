@@ -16,8 +16,8 @@ from megatron_implicit.evaluation.studies.training import Training, train_all
 
 TITLE = "CatbAbI: questions about stories"
 CLAIM = (
-    "An implicit model answers questions about stories longer than those it was trained on better than an explicit model "
-    "of its size, and takes more iterations the longer they are."
+    "An implicit model answers questions about stories longer than those it was trained on better than an explicit "
+    "model of its size, and takes more iterations the longer they are."
 )
 IMPLICIT, EXPLICIT, CHECKPOINT = "implicit Mamba2", "explicit Mamba2", "the checkpoint"
 FAR = 4

@@ -187,7 +187,8 @@ BABI = {
         "test": "",
     },
     "qa8_lists-sets_{}.txt": {
-        "train": "1 Mim got the pear.\n2 Mim got the fig.\n3 What is Mim carrying? \tpear,fig\t1 2\n4 Mim left the fig.\n"
+        "train": "1 Mim got the pear.\n2 Mim got the fig.\n3 What is Mim carrying? \tpear,fig\t1 2\n"
+        "4 Mim left the fig.\n"
         "5 What is Mim carrying? \tpear\t1 4\n",
         "valid": "",
         "test": "1 Tol got the fig.\n2 What is Tol carrying?\tfig\t1\n",

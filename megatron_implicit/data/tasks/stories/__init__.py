@@ -1,5 +1,6 @@
-"""Questions about stories, as in CatbAbI (Schlag et al. 2021, "Learning Associative Inference Using Fast Weight Memory",
-arXiv 2011.07831): stories one after another, a token a word; what counts is the word after each question mark, the answer.
+"""Questions about stories, as in CatbAbI (Schlag et al. 2021, "Learning Associative Inference Using Fast Weight
+Memory", arXiv 2011.07831): stories one after another, a token a word; what counts is the word after each question mark,
+the answer.
 
 - ``worlds``: what stories are told of; ``generated``: as many stories as are asked for
 - ``published``: the files of CatbAbI, or those of bAbI that it is made of

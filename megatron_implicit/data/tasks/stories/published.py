@@ -1,11 +1,11 @@
 """The published stories: CatbAbI's files, or the bAbI files that CatbAbI is made of.
 
-CatbAbI (``en-valid-10k_{train,valid,test}.txt``, or ``en-valid_...`` with a tenth of the questions) has a story a line:
-the task's number, a tab, and the story's words with spaces between them, in small letters; ``.`` and ``?`` are words, and
-the word after each ``?`` is the answer (several things are one word, ``apple,football``). It is bAbI's folder
-``en-valid-10k`` (or ``en-valid``), files ``qa<task>_{train,valid,test}.txt``, in another form: a numbered line a sentence,
-1 at a story's beginning; questions have a tab, the answer, a tab and the numbers of the lines that support it. Both give
-the same stories here.
+CatbAbI (``en-valid-10k_{train,valid,test}.txt``, or ``en-valid_...`` with a tenth of the questions) has a story a
+line: the task's number, a tab, and the story's words with spaces between them, in small letters; ``.`` and ``?``
+are words, and the word after each ``?`` is the answer (several things are one word, ``apple,football``). It is
+bAbI's folder ``en-valid-10k`` (or ``en-valid``), files ``qa<task>_{train,valid,test}.txt``, in another form: a
+numbered line a sentence, 1 at a story's beginning; questions have a tab, the answer, a tab and the numbers of the
+lines that support it. Both give the same stories here.
 """
 
 from __future__ import annotations
