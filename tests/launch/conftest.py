@@ -10,12 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 import yaml
+
+from tests.distributed.harness import WorkerPool
 
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {
@@ -75,6 +79,19 @@ class Ranks:
                 process.wait()
 
 
+def train(arguments: list[str]) -> str:
+    """A rank of a job, as launch/pretrain.py runs it; its error's type, exit code and message, or ''."""
+    from megatron_implicit.comm.groups import Place
+    from megatron_implicit.errors import MegatronImplicitError
+    from megatron_implicit.training.session import configure, open_session
+
+    try:
+        open_session(configure(arguments), Place(dist.get_rank(), dist.get_world_size(), dist.get_rank())).run()
+    except MegatronImplicitError as error:
+        return f"{type(error).__name__} {error.exit_code}: {error}"
+    return ""
+
+
 class Runs:
     """Starts jobs on a small dataset.
 
@@ -124,7 +141,12 @@ class Runs:
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables))
         return Ranks(started, logs)
 
-    def wait_for_step(self, name: str, step: int, timeout: float = 120) -> None:
+    def run_in(self, pool: Callable[[int], WorkerPool], name: str, *arguments: str, config: bool = True) -> list[str]:
+        """Runs a job on two processes that have started already; each rank's error, or ''."""
+        chosen = ["--config", str(self.config)] if config else []
+        return pool(2).run(train, [*chosen, "--run.dir", str(self.folder / name), *arguments])
+
+    def wait_for_step(self, name: str, step: int, timeout: float = 240) -> None:
         """Until the run has written that step's metrics."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:

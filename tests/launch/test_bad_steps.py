@@ -6,36 +6,21 @@ import json
 import math
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_implicit import exits
 from tests.launch.conftest import Runs
 
 BAD, STEPS = 14, 34
 SETTINGS = (
     "--parallel.tensor", "2", "--parallel.sequence", "true", "--train.steps", str(STEPS), "--train.validate_every", "0",
-    "--checkpoint.save_every", "0", "--health.window", "8", "--health.residual_limit", "0.6", "--health.desync_every", "5",
+    "--checkpoint.save_every", "0", "--health.window", "8", "--health.residual_limit", "0.6",
+    "--health.desync_every", "5",
     "--curriculum", "[{start: 0.0, name: free, max_iterations: 4, phantom_steps: 1}]",
 )  # fmt: skip
 
 
-def train(arguments: list[str]) -> str:
-    """One job, as launch/pretrain.py runs it; the error's type and message, if there was one."""
-    from megatron_implicit.comm.groups import Place
-    from megatron_implicit.errors import MegatronImplicitError
-    from megatron_implicit.training.session import configure, open_session
-
-    try:
-        open_session(configure(arguments), Place(dist.get_rank(), dist.get_world_size(), dist.get_rank())).run()
-    except MegatronImplicitError as error:
-        return f"{type(error).__name__} {error.exit_code}: {error}"
-    return ""
-
-
 def start(runs: Runs, pool: Any, name: str, *arguments: str) -> list[str]:
     """Runs a job on two tensor ranks."""
-    job = ["--config", str(runs.config), "--run.dir", str(runs.folder / name), *SETTINGS, *arguments]
-    return pool(2).run(train, job)
+    return runs.run_in(pool, name, *SETTINGS, *arguments)
 
 
 def found(runs: Runs, name: str) -> list[tuple[str, str]]:

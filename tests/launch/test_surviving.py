@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,10 +18,9 @@ from tests.launch.conftest import Runs, largest_shard
 TENSOR = ("--parallel.tensor", "2", "--parallel.sequence", "true")
 
 
-def test_a_run_stopped_by_signal_and_time_limit_repeats_the_uninterrupted_one(runs: Runs) -> None:
+def test_a_run_stopped_by_signal_and_time_limit_repeats_the_uninterrupted_one(runs: Runs, pool: Any) -> None:
     settings = (*TENSOR, "--train.steps", "24", "--checkpoint.save_every", "5", "--checkpoint.ephemeral_every", "2")
-    straight = runs.launch("straight", *settings, processes=2)
-    assert [job.code for job in straight.wait()] == [exits.DONE] * 2
+    assert runs.run_in(pool, "straight", *settings) == ["", ""]
 
     stopped = runs.launch("signalled", *settings, processes=2)
     runs.wait_for_step("signalled", 3)
@@ -35,7 +35,7 @@ def test_a_run_stopped_by_signal_and_time_limit_repeats_the_uninterrupted_one(ru
     limit = runs.events("signalled")[-1]
     assert "the time limit is near" in limit["message"] and limit["step"] <= stop["step"] + 2
 
-    assert [job.code for job in runs.launch("signalled", processes=2, config=False).wait()] == [exits.DONE] * 2
+    assert runs.run_in(pool, "signalled", config=False) == ["", ""]
     assert runs.numbers("signalled") == runs.numbers("straight")
     leases = [json.loads((runs.folder / name / "lease.json").read_text()) for name in ("straight", "signalled")]
     assert [lease["attempt"] for lease in leases] == [0, 2]
