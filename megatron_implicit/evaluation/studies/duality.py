@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,6 +75,7 @@ def run(settings: Settings, context: StudyContext) -> StudyResult:
     )  # fmt: skip
 
 
+@torch.no_grad()
 def measure(lm: PretrainedModel, rows: Tensor, settings: Settings) -> dict[str, Any]:
     """Every mode's perplexity, evaluations a token and largest logit difference from the simultaneous solve.
 
@@ -119,7 +121,7 @@ def _rows(lm: PretrainedModel, settings: Settings) -> Tensor:
 
 def _perplexity(logits: Tensor, rows: Tensor) -> float:
     labels = rows[:, 1:].to(logits.device)
-    return float(F.cross_entropy(logits.detach().double().flatten(0, 1), labels.flatten()).exp())
+    return float(F.cross_entropy(logits.double().flatten(0, 1), labels.flatten()).exp())
 
 
 def _finding(measured: dict[str, Any], settings: Settings) -> str:
@@ -151,9 +153,12 @@ def _table(measured: dict[str, Any], settings: Settings) -> Table:
                 f"{NAMES[family]}, {name}", f"{mode['perplexity']:.4f}", f"{mode['logit_difference']:.1e}",
                 f"{mode['evaluations']:.1f}", f"{own['perplexity']:.3f}", f"{own['evaluations']:.1f}",
             ])  # fmt: skip
-    columns = ["model, mode", "perplexity", "logit difference", "evaluations a token",
-               "perplexity, own tolerance", "evaluations, own tolerance"]  # fmt: skip
-    return Table(f"Modes at tolerance {settings.tolerance:g}, and at the models' own", columns, rows)
+    columns = ["model, mode", "perplexity", "logits", "evaluations", "perplexity (own)", "evaluations (own)"]
+    title = (
+        f"Perplexity, largest logit difference and evaluations a token at tolerance {settings.tolerance:g}, and at the "
+        "models' own"
+    )
+    return Table(title, columns, rows)
 
 
 def _draw(measured: dict[str, Any], settings: Settings, context: StudyContext) -> None:
@@ -169,9 +174,11 @@ def _draw(measured: dict[str, Any], settings: Settings, context: StudyContext) -
                 right.plot(x, counts, dash, color=colour, marker="o")
         left.axhline(LOGIT_BAR, color="#6B6B6B", linestyle=":", linewidth=1.2)
         left.annotate("bar", (0, LOGIT_BAR), (0, 3), textcoords="offset points", color="#6B6B6B", fontsize=9.5)
+        low, high = left.get_ylim()
         left.set(yscale="log", title="largest logit difference", xlabel="tokens solved together")
+        left.set_ylim(min(LOGIT_BAR / 100, max(low, LOGIT_BAR / 1000)), max(3 * LOGIT_BAR, high))
         left.set_xticks(x[:-1], ticks[:-1])
-        left.legend(loc="lower right")
+        left.legend(loc="lower left")
         right.set(title="evaluations of F a token", xlabel="tokens solved together", ylim=(0, None))
         right.set_xticks(x, ticks)
 

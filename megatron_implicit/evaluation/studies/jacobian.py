@@ -211,7 +211,7 @@ def _finding(found: dict[str, _Found]) -> str:
         met = "met" if max(differences) <= BAR else "missed"
         parts.append(f"Autograd and closed form differ by at most {max(differences):.1e} (bar {BAR:g}: {met}).")
     if masses:
-        parts.append(f"Share of a layer's state-to-state Jacobian off its diagonal: {masses}.")
+        parts.append(f"Share of a layer's own state-to-state Jacobian off its diagonal, where it is largest: {masses}.")
         parts.append(f"That only the implicit recurrence is dense: {_verdict(found)}.")
     radii = [
         f"{_shown(name)} {max(each.numbers['spectrum']['exact']):.2f}"
