@@ -109,13 +109,13 @@ def _table(measured: dict[str, Any], settings: Settings) -> Table:
         for start in ("fixed point", "bounded"):
             for damping, found in values[start].items():
                 cells = [f"{cosine:.3f} ({norm:.2f})" for cosine, norm in zip(found["cosine"], found["norm"])]
-                rows.append([f"{NAMES[family]}, from {_start(start, settings)}, damping {damping}", *cells])
+                rows.append([f"{NAMES[family]}, {_start(start, settings)}, {damping}", *cells])
     columns = ["model, start, damping", *(f"{count} step{'s' * (count > 1)}" for count in settings.steps)]
     return Table("Cosine to the exact gradient (and norm, by its norm)", columns, rows)
 
 
 def _start(name: str, settings: Settings) -> str:
-    return "the fixed point" if name == "fixed point" else f"{settings.bounded} evaluations"
+    return name if name == "fixed point" else f"{settings.bounded} evaluations"
 
 
 def _draw(measured: dict[str, Any], settings: Settings, context: StudyContext) -> None:
