@@ -50,7 +50,7 @@ class Settings:
 
 
 SIZES = {
-    "tiny": Settings(TINY, factor=4, sequences=160, bins_per_length=4, batch=16),
+    "tiny": Settings(TINY, factor=4, sequences=80, bins_per_length=4, batch=16),
     "paper": Settings(PAPER, factor=4, sequences=512, bins_per_length=8, batch=4),
 }
 
