@@ -36,8 +36,8 @@ EVALUATIONS: dict[str, Evaluation] = {
 }
 """The evaluations by name. ``arguments.evaluation`` tells a module that serves several which one it is."""
 
-DESCRIPTION = """Measure a checkpoint (a run's folder, its checkpoints/, one step's folder, or a reference model folder), or
-repeat the paper's experiments, each with its training, numbers and figures.
+DESCRIPTION = """Measure a checkpoint (a run's folder, its checkpoints/, one step's folder, or a reference model
+folder), or repeat the paper's experiments, each with its training, numbers and figures.
 
     python tools/evaluate.py perplexity --checkpoint runs/quickstart/implicit_mamba2 --split validation
     python tools/evaluate.py state-tracking --size tiny
