@@ -121,6 +121,7 @@ def test_sinks_that_fail_leave_the_run_unharmed_and_say_so_once(
     (folder / "ranks").write_text("not a folder")
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
     with socket.create_server(("0.0.0.0", 0)) as taken:
         job = runs.start(
             "troubled", *EVERYWHERE, "--telemetry.wandb", "online", "--telemetry.targets_dir", str(folder / "targets"),

@@ -26,4 +26,4 @@ def test_delays_change_nothing_between_processes(pool) -> None:
 
 def two_and_three_stages() -> list[str]:
     """100 problems each."""
-    return random_schedules(list(range(100)), 3, slowest=0.002) + random_schedules(list(range(100, 200)), 2, 0.002)
+    return random_schedules(list(range(100)), 3, slowest=0.001) + random_schedules(list(range(100, 200)), 2, 0.001)

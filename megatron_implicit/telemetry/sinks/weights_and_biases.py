@@ -13,7 +13,8 @@ from megatron_implicit.telemetry.sinks.base import Identity, Sink
 TOLD_AGAIN_BYTES = 512 * 1024
 """Of metrics.jsonl: more steps than wandb keeps to itself (32 KiB)."""
 CONNECT_S = 60.0
-"""Seconds that reaching the server may take."""
+"""Seconds that reaching the server may take, unless wandb's own WANDB_INIT_TIMEOUT says otherwise. A run that ends
+before waits for them."""
 
 
 class WandbSink(Sink):
@@ -41,8 +42,9 @@ class WandbSink(Sink):
             resume="allow",
             config=identity.config,
             settings=wandb.Settings(
-                init_timeout=CONNECT_S, console="off", disable_git=True, disable_code=True, silent=True
-            ),
+                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", CONNECT_S)), console="off", disable_git=True,
+                disable_code=True, silent=True,
+            ),  # fmt: skip
         )
         # Our own step: wandb's only grows, and would leave out the steps that are made again after a crash.
         self._run.define_metric("step")
