@@ -16,6 +16,7 @@ DESCRIPTION = """Measure this machine and print JSON.
 
     python tools/benchmark.py train-step                       solve and phantom steps against bare passes of F
     python tools/benchmark.py train-step --family implicit_llama --width 256 --layers 4 --tokens 1024
+    python tools/benchmark.py train-step --size 1.3b --layers 8 --precision bf16 --tokens 4096 --sequence-length 2048
     python tools/benchmark.py generate --help                  time and memory of early and late tokens
     python tools/benchmark.py pipeline --help                  the pipeline's bubble, by replay of a recorded step
     python tools/benchmark.py telemetry                        what reporting to every sink costs a step
@@ -78,14 +79,16 @@ def main() -> int:
     parser = CommandParser(DESCRIPTION)
     parser.add_argument("benchmark", choices=["train-step", "telemetry"])
     parser.add_argument("--family", choices=["implicit_mamba2", "implicit_llama"], default="implicit_mamba2")
-    parser.add_argument("--width", type=int, default=256, help="model width (default: 256)")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the stack (default: 4)")
+    parser.add_argument("--size", choices=["custom", "130m", "370m", "760m", "1.3b"], default="custom")
+    parser.add_argument("--width", type=int, help="model width (default: 256, or the size's)")
+    parser.add_argument("--layers", type=int, help="layers of the stack (default: 4, or the size's)")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of a microbatch (default: 1024)")
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens of a sequence (default: 256)")
     parser.add_argument("--evaluations", type=int, default=24, help="evaluations of a solve (default: 24)")
     parser.add_argument("--phantom-steps", type=int, default=4, help="passes with gradient (default: 4)")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--repeats", type=int, default=15, help="measurements of each side (default: 15)")
+    parser.add_argument("--any-order", action="store_true", help="train.deterministic=false: sums in any order on a GPU")
     arguments = parser.parse_args()
 
     from megatron_implicit.device import prepare_megatron
@@ -292,10 +295,19 @@ def _model(family: str, width: int, layers: int, vocabulary: int) -> dict:
 
 def _configuration(arguments) -> dict:
     batch = max(1, arguments.tokens // arguments.sequence_length)
+    if getattr(arguments, "size", "custom") == "custom":
+        model = _model(arguments.family, arguments.width or 256, arguments.layers or 4, vocabulary=4096)
+    else:
+        given = {"hidden_size": arguments.width, "num_layers": arguments.layers}
+        model = {"family": arguments.family, "size": arguments.size}
+        model |= {key: value for key, value in given.items() if value is not None}
     return {
-        "model": _model(arguments.family, arguments.width, arguments.layers, vocabulary=4096),
+        "model": model,
         "data": {"sequence_length": arguments.sequence_length},
-        "train": {"steps": 1, "micro_batch_size": batch, "global_batch_size": batch, "precision": arguments.precision},
+        "train": {
+            "steps": 1, "micro_batch_size": batch, "global_batch_size": batch, "precision": arguments.precision,
+            "deterministic": not getattr(arguments, "any_order", False),
+        },  # fmt: skip
         "optimizer": {"learning_rate": 1e-3},
     }
 

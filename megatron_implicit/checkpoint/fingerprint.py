@@ -11,7 +11,7 @@ FREE_SECTIONS = ("parallel", "checkpoint", "health", "telemetry", "debug", "run"
 """Sections that may differ: layout, bookkeeping, care, names."""
 FREE_KEYS = (
     "data.path", "data.tokenizer", "data.cache_dir", "data.stories", "train.validate_every", "train.validation_batches",
-    "train.target_loss", "train.stop_after_steps",
+    "train.target_loss", "train.stop_after_steps", "train.deterministic",
 )  # fmt: skip
 """Single keys that may differ; moved data is checked by its fingerprint instead of its path."""
 MODEL_KEYS_THAT_MAY_DIFFER = ("model.size", "model.scan_chunk_size", "model.dropout", "model.embedding_init_std")

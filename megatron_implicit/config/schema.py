@@ -225,6 +225,8 @@ class TrainConfig:
     """Seed of initialisation, data order and splits."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 keeps matrices in bfloat16 with fp32 main copies; iterate, norms and gains stay fp32 in both."""
+    deterministic: bool = True
+    """On a GPU, add in a fixed order: a resumed run repeats the uninterrupted one bit for bit, as it does on a CPU."""
     validate_every: int = 100
     """Steps between measurements of the validation loss; 0 measures none."""
     validation_batches: int = 8

@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_implicit.comm.groups import place_from_environment, start_model_parallel, start_process_group
 from megatron_implicit.config import Config
 from megatron_implicit.device import current_platform
+from megatron_implicit.device.determinism import fix_order_of_sums
 from megatron_implicit.models import FixedPointDecoder, build_model
 from megatron_implicit.solver import SolveSettings
 
@@ -33,6 +34,8 @@ class TrainStepBenchmark:
     phantom_steps: int
 
     def __post_init__(self) -> None:
+        if self.config.train.deterministic:
+            fix_order_of_sums()
         place = place_from_environment()
         start_process_group(place)
         start_model_parallel(self.config.parallel)

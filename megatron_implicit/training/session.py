@@ -26,6 +26,7 @@ from megatron_implicit.config import Config, load_config, save_config
 from megatron_implicit.config.load import peek_run_dir
 from megatron_implicit.config.validate import validate_world
 from megatron_implicit.device import current_platform
+from megatron_implicit.device.determinism import fix_order_of_sums
 from megatron_implicit.errors import CheckpointError, ConfigError, MachineError
 from megatron_implicit.models import build_model
 from megatron_implicit.training.callbacks import (
@@ -80,6 +81,8 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
             changed then.
     """
     callbacks = callbacks or standard_callbacks(config)  # first: from here on a signal is a request to stop
+    if config.train.deterministic:
+        fix_order_of_sums()
     validate_world(config, place.world_size)
     vocabulary = open_vocabulary(config)
     resumed = _apparent_checkpoint(config.run.dir)

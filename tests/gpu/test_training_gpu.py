@@ -39,7 +39,20 @@ def test_goldens_in_fp32(tmp_path: Path, family: str, one_process: None, monkeyp
 
 
 @pytest.mark.parametrize("family", goldens.IMPLICIT)
+def test_the_same_steps_give_the_same_bits(family: str, one_process: None) -> None:
+    first, second = bf16_run(family), bf16_run(family)
+    assert first[0] == second[0]
+    assert all(torch.equal(one, other) for one, other in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("family", goldens.IMPLICIT)
 def test_bf16_training_follows_the_golden_trace(family: str, one_process: None) -> None:
+    for loss, other in zip(bf16_run(family)[0], traces.golden_losses(family), strict=True):
+        assert loss == pytest.approx(other, rel=0.02)
+
+
+def bf16_run(family: str) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses of the golden training's steps, and the parameters after them."""
     values = config_to_dict(traces.golden_training_config(family))
     values["train"]["precision"] = "bf16"
     config = config_from_dict(values)
@@ -50,6 +63,4 @@ def test_bf16_training_follows_the_golden_trace(family: str, one_process: None) 
     for step, batch in enumerate(tokens, start=1):
         parts.model.module.decoder.solver = SolveSettings.training(curriculum.phase((step - 1) * per_step).solver)
         losses.append(runner.run(step, traces.microbatches(config, batch), torch.device(DEVICE)).loss)
-    expected = traces.golden_losses(family)
-    for loss, other in zip(losses, expected, strict=True):
-        assert loss == pytest.approx(other, rel=0.02)
+    return losses, [parameter.detach().clone() for parameter in parts.model.parameters()]
