@@ -45,6 +45,18 @@ def test_the_same_steps_give_the_same_bits(family: str, one_process: None) -> No
     assert all(torch.equal(one, other) for one, other in zip(first[1], second[1], strict=True))
 
 
+def test_frequent_tokens_add_up_to_the_same_gradient() -> None:
+    """Half of 16,384 tokens are the same ten of 50,304: rows that many threads add to."""
+    torch.manual_seed(3)
+    tokens = torch.where(torch.rand(16384) < 0.5, torch.randint(10, (16384,)), torch.randint(50304, (16384,)))
+    table, gradient = torch.randn(50304, 256, device=DEVICE, requires_grad=True), torch.randn(16384, 256, device=DEVICE)
+
+    def backward() -> torch.Tensor:
+        return torch.autograd.grad(torch.nn.functional.embedding(tokens.to(DEVICE), table), table, gradient)[0]
+
+    assert torch.equal(backward(), backward())
+
+
 @pytest.mark.parametrize("family", goldens.IMPLICIT)
 def test_bf16_training_follows_the_golden_trace(family: str, one_process: None) -> None:
     for loss, other in zip(bf16_run(family)[0], traces.golden_losses(family), strict=True):
