@@ -1,7 +1,8 @@
 """Writes this rank's share of a checkpoint to disk: here, or in a forked process while training goes on.
 
 A fork sees memory as it was, so on a CPU nothing is copied first: the kernel copies the pages that training changes
-meanwhile. From a GPU, tensors are copied to the host before. Only the parent touches the device and the process group.
+meanwhile. From a GPU, tensors are copied to the host before, to memory that is kept for the next checkpoint. Only the
+parent touches the device and the process group.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_implicit.checkpoint.integrity import FileEntry, measure_file
+from megatron_implicit.device.host_memory import HostMemory
 
 
 @dataclass
@@ -36,18 +38,18 @@ class BackgroundWrite:
 
     Args:
         request: Megatron-Core's AsyncRequest of this rank.
+        memory: for tensors that are not on the host; nothing else may use it until the outcome is there.
         asynchronous: fork; otherwise everything is on disk when this returns.
     """
 
-    def __init__(self, request: Any, *, asynchronous: bool) -> None:
+    def __init__(self, request: Any, memory: HostMemory, *, asynchronous: bool) -> None:
         self._written: Optional[Written] = None
         self._process: Any = None
         if request.async_fn is None:
             self._written = Written()  # nothing of the checkpoint is this rank's to write
             return
         arguments = list(request.async_fn_args)
-        if request.preload_fn is not None:
-            arguments[1] = request.preload_fn()
+        arguments[1] = _on_host(arguments[1], memory)
         if not asynchronous:
             self._written = _write(request, arguments)
             return
@@ -84,6 +86,18 @@ class BackgroundWrite:
             self._written = Written(RuntimeError("the process that writes the checkpoint was killed"))
         self._connection.close()
         self._process.join()
+
+
+def _on_host(buckets: list[Any], memory: HostMemory) -> list[Any]:
+    """Megatron-Core's buckets, (path, name, (byte items, [(item, tensor)])), with every tensor in the host's memory."""
+    away = [tensor for _, _, (_, items) in buckets for _, tensor in items if tensor.device.type != "cpu"]
+    if not away:
+        return buckets
+    copies = iter(memory.copy(away))
+    return [
+        (path, name, (data, [(item, t if t.device.type == "cpu" else next(copies)) for item, t in items]))
+        for path, name, (data, items) in buckets
+    ]
 
 
 def _child(connection: Connection, parents_end: Connection, request: Any, arguments: list[Any]) -> None:

@@ -18,6 +18,7 @@ from megatron_implicit.checkpoint.layout import CONFIG_FILE, STATE_FILE, Checkpo
 from megatron_implicit.checkpoint.store import TrainingState, training_shards
 from megatron_implicit.comm.agreement import control_group, first_problem
 from megatron_implicit.config import Config, save_config
+from megatron_implicit.device.host_memory import HostMemory
 from megatron_implicit.device.megatron import CheckpointPlan, plan_checkpoint
 from megatron_implicit.errors import CheckpointError, LeaseLostError
 
@@ -43,6 +44,7 @@ class CheckpointWriter:
         self._folder, self._config, self._fence = folder, config, fence
         self._plan: Optional[CheckpointPlan] = None
         self._write: Optional[BackgroundWrite] = None
+        self._memory = HostMemory()
         self._partial = Path()
         self.pending: Optional[int] = None
         """Step of the checkpoint that is being written."""
@@ -66,7 +68,9 @@ class CheckpointWriter:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._plan, problem = plan_checkpoint(shards, self._partial, group, earlier=self._plan)
         self._agree(problem or self._shortage(self._plan.bytes))
-        self._write = BackgroundWrite(self._plan.request, asynchronous=self._config.checkpoint.asynchronous)
+        self._write = BackgroundWrite(
+            self._plan.request, self._memory, asynchronous=self._config.checkpoint.asynchronous
+        )
         self.pending = state.step
 
     def done(self) -> bool:

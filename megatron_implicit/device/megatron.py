@@ -1,8 +1,9 @@
 """Prepares Megatron-Core for this machine, and holds every difference between its versions.
 
 ``prepare_megatron()`` runs before the first import of ``megatron.core``: it checks the version, installs the CPU shim
-where there is no GPU (``cpu_shim``) and the repairs that any machine needs (``torch_adam``, ``bucket_padding``). Every
-other module imports Megatron-Core as it is; where 0.16 (Python 3.11) and 0.19 (Python 3.12) differ, it asks here.
+where there is no GPU (``cpu_shim``) and the repairs that any machine needs (``torch_adam``, ``bucket_padding``,
+``optimizer_shards``). Every other module imports Megatron-Core as it is; where 0.16 (Python 3.11) and 0.19 (Python 3.12)
+differ, it asks here.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ def prepare_megatron() -> None:
 
         install_cpu_shim()
     from megatron_implicit.device.bucket_padding import repair_bucket_padding
+    from megatron_implicit.device.optimizer_shards import save_optimizer_in_pieces
     from megatron_implicit.device.torch_adam import repair_distributed_optimizer
 
     repair_distributed_optimizer()
     repair_bucket_padding()
+    save_optimizer_in_pieces()
 
 
 def megatron_version() -> tuple[int, int]:

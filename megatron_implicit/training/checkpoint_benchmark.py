@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 import statistics
@@ -50,6 +51,7 @@ class CheckpointBenchmark:
         waited = self._writer(asynchronous=False, name="synchronous")
         background = self._writer(asynchronous=True, name="asynchronous")
         self._timed_step(), self._save(waited), self._save_beside_steps(background)  # all of it once: caches, plans
+        gc.freeze()  # as a training run does
         plain, synchronous, beside = [], [], []
         for _ in range(repeats):
             plain += [self._timed_step() for _ in range(3)]

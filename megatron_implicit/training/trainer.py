@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from dataclasses import dataclass
 from typing import Any, Optional, Sequence
@@ -139,6 +140,7 @@ class Trainer:
             self.config.health.hang_minutes, self.progress, self.folder.logs, self.state.attempt,
             lambda message: self.event("hang", message),
         ):  # fmt: skip
+            gc.freeze()  # what is there now stays: Megatron-Core's collection at every save need not look at it
             try:
                 self._run()
             finally:

@@ -21,6 +21,7 @@ from megatron_implicit.checkpoint.background import BackgroundWrite
 from megatron_implicit.checkpoint.integrity import find_problem
 from megatron_implicit.checkpoint.store import load_training_state
 from megatron_implicit.config import Config, config_from_dict
+from megatron_implicit.device.host_memory import HostMemory
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # isort: skip
 
@@ -121,7 +122,7 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(job: Job, tmp_path
 def orphan_a_writer(folder: Path) -> int:
     """Starts a save whose outcome is longer than a pipe holds, and dies; the number of the writing process."""
     request = AsyncRequest(lambda rank, buckets, answers: answers.put({0: "x" * 300_000}), [0, [], None], [])
-    print(BackgroundWrite(request, asynchronous=True)._process.pid, flush=True)
+    print(BackgroundWrite(request, HostMemory(), asynchronous=True)._process.pid, flush=True)
     os._exit(0)
 
 

@@ -1,0 +1,35 @@
+"""Memory that a checkpoint's tensors are copied to before a fork writes them."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import torch
+
+from megatron_implicit.device.host_memory import HostMemory
+
+
+def test_copies_are_equal_and_the_memory_is_kept() -> None:
+    memory = HostMemory()
+    tensors = [torch.randn(3, 5).t(), torch.randn(7).bfloat16(), torch.tensor(3.0), torch.empty(0), torch.arange(9)]
+    copies = memory.copy(tensors)
+    assert all(torch.equal(copy, tensor) and copy.is_contiguous() for copy, tensor in zip(copies, tensors, strict=True))
+    place = copies[0].data_ptr()
+    assert memory.copy(tensors[1:])[0].data_ptr() == place
+    assert torch.equal(memory.copy([torch.ones(1000)])[0], torch.ones(1000))  # a larger one
+
+
+def test_a_fork_reads_the_copies() -> None:
+    """From locked pages too, where there is a GPU."""
+    tensor = torch.arange(100_000.0, device="cuda" if torch.cuda.is_available() else "cpu")
+    (copy,) = HostMemory().copy([tensor])
+    assert copy.is_pinned() == torch.cuda.is_available()
+    expected = float(tensor.double().sum())
+    tensor.zero_()
+    reader, writer = os.pipe()
+    if not os.fork():
+        os.write(writer, struct.pack("d", float(copy.numpy().sum(dtype="float64"))))
+        os._exit(0)
+    assert struct.unpack("d", os.read(reader, 8)) == (expected,)
+    os.wait()
