@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out_dtype: torch.dtype) -
         [..., d].
     """
     dtype = compute_dtype(x)
-    return (_normed(x.to(dtype), eps) * weight.to(dtype)).to(out_dtype)
+    return _normed(x.to(dtype), weight.to(dtype), eps).to(out_dtype)
 
 
 def gated_rms_norm(
@@ -63,20 +63,21 @@ def gated_rms_norm(
             "`reduce`, the sum over the tensor group"
         )
     dtype = compute_dtype(y)
-    values = (y.to(dtype) * F.silu(gate.to(dtype))).unflatten(-1, (-1, min(d, group_size)))
+    values, weight = y.to(dtype) * F.silu(gate.to(dtype)), weight.to(dtype)
     if spans:
-        normed = values * torch.rsqrt(reduce(_sum_of_squares(values)) / group_size + eps)
-    else:
-        normed = _normed(values, eps)
-    return normed.flatten(-2) * weight.to(dtype)
+        return values * torch.rsqrt(reduce(_sum_of_squares(values)) / group_size + eps) * weight
+    if d == group_size:
+        return _normed(values, weight, eps)
+    return _normed(values.unflatten(-1, (-1, group_size)), None, eps).flatten(-2) * weight
 
 
-def _normed(values: Tensor, eps: float) -> Tensor:
-    """values [..., d] over their root mean square."""
+def _normed(values: Tensor, weight: Optional[Tensor], eps: float) -> Tensor:
+    """values [..., d] over their root mean square, times weight [d]."""
     d = values.shape[-1]
     if find_kernels(values.device.type).norm == "fused":
-        return F.rms_norm(values, (d,), eps=eps)
-    return values * torch.rsqrt(_sum_of_squares(values) / d + eps)
+        return F.rms_norm(values, (d,), weight, eps)
+    normed = values * torch.rsqrt(_sum_of_squares(values) / d + eps)
+    return normed if weight is None else normed * weight
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ def test_group_over_two_ranks_equals_the_whole_group() -> None:
     """Two shards whose sums of squares are added, values and gradients: what the tensor group's sum does."""
     y, gate, weight = make((5, 12), (5, 12), (12,))
     shards = list(zip(y.split([4, 8], -1), gate.split([4, 8], -1), weight.split([4, 8])))
-    squares = [(a * F.silu(b)).square().sum(-1, keepdim=True)[..., None] for a, b, _ in shards]
+    squares = [(a * F.silu(b)).square().sum(-1, keepdim=True) for a, b, _ in shards]
     parts = [
         gated_rms_norm(a, b, w, group_size=12, eps=EPS, reduce=lambda own, other=other: own + other)
         for (a, b, w), other in zip(shards, reversed(squares))
