@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Optional
 
+from torch import Tensor
+
 from megatron_implicit.checkpoint.integrity import FileEntry, measure_file
 from megatron_implicit.device.host_memory import HostMemory
 
@@ -90,14 +92,18 @@ class BackgroundWrite:
 
 def _on_host(buckets: list[Any], memory: HostMemory) -> list[Any]:
     """Megatron-Core's buckets, (path, name, (byte items, [(item, tensor)])), with every tensor in the host's memory."""
-    away = [tensor for _, _, (_, items) in buckets for _, tensor in items if tensor.device.type != "cpu"]
+    away = [tensor for _, _, (_, items) in buckets for _, tensor in items if _is_away(tensor)]
     if not away:
         return buckets
     copies = iter(memory.copy(away))
     return [
-        (path, name, (data, [(item, t if t.device.type == "cpu" else next(copies)) for item, t in items]))
+        (path, name, (data, [(item, next(copies) if _is_away(tensor) else tensor) for item, tensor in items]))
         for path, name, (data, items) in buckets
     ]
+
+
+def _is_away(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu"
 
 
 def _child(connection: Connection, parents_end: Connection, request: Any, arguments: list[Any]) -> None:

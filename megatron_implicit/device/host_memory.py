@@ -22,11 +22,15 @@ class HostMemory:
     """
 
     def __init__(self) -> None:
-        self._block: Optional[Tensor] = None
-        self._locked = False
+        self._block: Optional[mmap.mmap] = None
+        self._locked: Optional[int] = None
+        """Address of the block, where its pages are locked."""
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The same tensors in this memory, contiguous; their contents are there when it returns, until the next call."""
+        """The same tensors in this memory, contiguous; their contents are there when it returns, until the next call.
+
+        Each has a storage of its own, no larger than itself: that is what ``torch.save`` writes.
+        """
         places, size = [], 0
         for tensor in tensors:
             places.append(size)
@@ -34,22 +38,28 @@ class HostMemory:
         if self._block is None or len(self._block) < size:
             self._release()
             self._reserve(size)
-        copies = []
-        for tensor, place in zip(tensors, places, strict=True):
-            bytes_of_it = self._block[place : place + tensor.nbytes]
-            copies.append(bytes_of_it.view(tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True))
+        copies = [self._at(place, tensor) for place, tensor in zip(places, tensors, strict=True)]
         current_platform().synchronize()
         return copies
 
+    def _at(self, place: int, tensor: Tensor) -> Tensor:
+        if not tensor.numel():
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        window = torch.frombuffer(self._block, dtype=tensor.dtype, count=tensor.numel(), offset=place)
+        return window.view(tensor.shape).copy_(tensor, non_blocking=True)
+
     def _reserve(self, size: int) -> None:
-        self._block = torch.frombuffer(mmap.mmap(-1, max(size, 1)), dtype=torch.uint8)  # shared, without a file
-        if current_platform().device_type == "cuda":
-            self._locked = int(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), len(self._block), 0)) == 0
-            if not self._locked:  # copies are slower then
-                with contextlib.suppress(RuntimeError):
-                    torch.zeros(1, device="cuda")  # takes the error, which CUDA keeps for whoever asks next
+        self._block = mmap.mmap(-1, max(size, _ALIGNMENT))  # shared, without a file
+        if current_platform().device_type != "cuda":
+            return
+        address = torch.frombuffer(self._block, dtype=torch.uint8).data_ptr()
+        if int(torch.cuda.cudart().cudaHostRegister(address, len(self._block), 0)) == 0:
+            self._locked = address
+        else:  # copies are slower then
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda")  # takes the error, which CUDA keeps for whoever asks next
 
     def _release(self) -> None:
-        if self._locked:
-            torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())
-        self._block, self._locked = None, False
+        if self._locked is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._locked)
+        self._block = self._locked = None  # unmapped with the last tensor in it

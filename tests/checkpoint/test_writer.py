@@ -16,7 +16,7 @@ from typing import Iterator
 import pytest
 import torch
 
-from megatron_implicit.checkpoint import CheckpointFolder, CheckpointWriter, SaveError, TrainingState
+from megatron_implicit.checkpoint import CheckpointFolder, CheckpointWriter, SaveError, TrainingState, background
 from megatron_implicit.checkpoint.background import BackgroundWrite
 from megatron_implicit.checkpoint.integrity import find_problem
 from megatron_implicit.checkpoint.store import load_training_state
@@ -96,6 +96,18 @@ def test_a_save_beside_training_holds_the_state_of_its_beginning(pool, tmp_path:
         assert all(same)
     sizes = {path.name[:3]: path.stat().st_size for path in tmp_path.rglob("*.distcp")}
     assert set(sizes) == {"__0", "__1"}  # both ranks wrote
+
+
+def test_a_save_by_way_of_host_memory_is_the_same(
+    one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As tensors of a GPU go: their values when the save began, and no byte more on disk."""
+    layout = {"distributed_optimizer": True}
+    assert all(train_beside_a_save(tmp_path / "direct", layout))
+    monkeypatch.setattr(background, "_is_away", lambda tensor: True)
+    assert all(train_beside_a_save(tmp_path / "copied", layout))
+    sizes = [sum(path.stat().st_size for path in (tmp_path / way).rglob("*.distcp")) for way in ("copied", "direct")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
 
 
 @pytest.fixture

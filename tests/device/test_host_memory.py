@@ -15,6 +15,7 @@ def test_copies_are_equal_and_the_memory_is_kept() -> None:
     tensors = [torch.randn(3, 5).t(), torch.randn(7).bfloat16(), torch.tensor(3.0), torch.empty(0), torch.arange(9)]
     copies = memory.copy(tensors)
     assert all(torch.equal(copy, tensor) and copy.is_contiguous() for copy, tensor in zip(copies, tensors, strict=True))
+    assert all(copy.untyped_storage().nbytes() == tensor.nbytes for copy, tensor in zip(copies, tensors, strict=True))
     place = copies[0].data_ptr()
     assert memory.copy(tensors[1:])[0].data_ptr() == place
     assert torch.equal(memory.copy([torch.ones(1000)])[0], torch.ones(1000))  # a larger one
