@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any, Callable
 
@@ -106,7 +107,8 @@ class CheckpointFolder:
         """Removes all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps.
 
         An ephemeral checkpoint stays only while it is the newest, and does not count. Checkpoints newer than
-        ``latest`` are left alone: after a roll-back they are not this run's.
+        ``latest`` are left alone: after a roll-back they are not this run's. They are gone from the list at once, and from
+        the disk in the background; what is left of them when the process dies is a leftover.
         """
         latest = self.latest()
         steps = [step for step in self.steps() if latest is not None and self.step_folder(step) <= latest]
@@ -114,7 +116,9 @@ class CheckpointFolder:
         kept = {*steps[-1:], *lasting[-keep_last:], *(step for step in lasting if keep_every and step % keep_every == 0)}
         for step in steps:
             if step not in kept:
-                shutil.rmtree(self.step_folder(step))
+                pruned = self.path / f"{self.step_folder(step).name}.pruned.partial"
+                os.replace(self.step_folder(step), pruned)
+                threading.Thread(target=shutil.rmtree, args=(pruned, True), name=f"removes {pruned.name}").start()
 
 
 def locate_checkpoint(path: Path) -> Path:

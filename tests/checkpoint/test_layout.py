@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def test_the_newest_and_every_m_th_are_kept(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, *range(100, 1001, 100))
     folder.prune(keep_last=2, keep_every=400)
     assert folder.steps() == [400, 800, 900, 1000]
+    for thread in threading.enumerate():
+        if thread.name.startswith("removes"):
+            thread.join()
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == [f"step_{step:08}" for step in folder.steps()]
 
 
 def test_an_ephemeral_checkpoint_stays_while_it_is_the_newest_and_does_not_count(tmp_path: Path) -> None:
