@@ -7,12 +7,12 @@ stories and read longer ones; a story is read alone, from its beginning, and eve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from megatron_implicit.errors import ConfigError
 from megatron_implicit.evaluation.studies.catbabi_results import Measurements, draw_lengths, draw_tasks, tables
 from megatron_implicit.evaluation.studies.study import Figure, StudyContext, StudyResult
-from megatron_implicit.evaluation.studies.training import Trained, Training, train_all
+from megatron_implicit.evaluation.studies.training import Training, train_all
 
 TITLE = "CatbAbI: questions about stories"
 CLAIM = (
@@ -31,9 +31,9 @@ class Stage:
     name: str
     """Of its run's folder."""
     steps: int
-    """Of this stretch, at most."""
+    """Of this stretch, for the implicit model."""
     overrides: dict[str, Any]
-    """Of the presets; ``train.target_loss`` ends a stretch earlier."""
+    """Of the presets."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Settings:
     presets: dict[str, str]
     """Of launch/configs/, by the name of the model."""
     stages: tuple[Stage, ...]
-    """Of both models: as many stories, whatever they cost."""
+    """Of both models, but for their steps."""
+    explicit_steps: int
+    """Steps the explicit model makes for one of the implicit model; its steps are as many times cheaper, about."""
     statements: int
     """Of the longest story in training, as the presets have it."""
     seeds: tuple[int, ...]
@@ -60,20 +62,17 @@ SIZES = {
     "tiny": Settings(
         presets={IMPLICIT: "catbabi_implicit_mamba2_tiny", EXPLICIT: "catbabi_explicit_mamba2_tiny"},
         stages=(
-            Stage(
-                "short",
-                2000,
-                {"data.story_statements": 3, "data.sequence_length": 32, "schedule.decay_fraction": 0,
-                 "train.target_loss": 0.15, "train.validate_every": 100},
-            ),
-            Stage("whole", 1300, {"train.validate_every": 250}),
+            Stage("short", 700, {"data.story_statements": 3, "data.sequence_length": 32, "schedule.decay_fraction": 0}),
+            Stage("whole", 1300, {}),
         ),
+        explicit_steps=4,
         statements=8,
         seeds=(1, 2),
     ),
     "paper": Settings(
         presets={IMPLICIT: "catbabi_implicit_mamba2", EXPLICIT: "catbabi_explicit_mamba2"},
         stages=(Stage("whole", 15_000, {}),),
+        explicit_steps=1,
         statements=48,
         seeds=(1, 2, 3),
         stories=500,
@@ -103,31 +102,23 @@ def run(settings: Settings, context: StudyContext) -> StudyResult:
 
 
 def _measure_trained(settings: Settings, context: StudyContext) -> Measurements:
+    trainings = {(name, seed): _training(settings, name, seed) for seed in settings.seeds for name in settings.presets}
+    trained = dict(zip(trainings, train_all(list(trainings.values()), context)))
     measured = Measurements(settings.statements, settings.multiples)
-    for (name, seed), run in _train(settings, context).items():
+    for (name, seed), run in trained.items():
         measured.add(name, _read(run.folder, f"{name}-{seed}".replace(" ", "-"), settings, context), run.seconds)
     return measured
 
 
-def _train(settings: Settings, context: StudyContext) -> dict[tuple[str, int], Trained]:
-    """By model and seed: the run of the last stage. A stage is as long for all, from wherever the one before ended."""
-    models = [(name, seed) for seed in settings.seeds for name in settings.presets]
-    before: dict[tuple[str, int], Optional[Training]] = dict.fromkeys(models)
-    steps = dict.fromkeys(models, 0)
+def _training(settings: Settings, name: str, seed: int) -> Training:
+    """The last stage's, which has the others before it."""
+    before, steps = None, 0
     for stage in settings.stages:
-        trainings = {key: _training(settings, key, stage, before[key], steps[key]) for key in models}
-        trained = dict(zip(models, train_all(list(trainings.values()), context), strict=True))
-        before, steps = trainings, {key: run.metrics[-1]["step"] for key, run in trained.items()}
-    return trained
-
-
-def _training(
-    settings: Settings, key: tuple[str, int], stage: Stage, before: Optional[Training], steps: int
-) -> Training:
-    name, seed = key
-    overrides = {"train.seed": seed, "train.steps": steps + stage.steps, **stage.overrides}
-    folder = f"catbabi/{settings.presets[name]}-seed{seed}-{stage.name}"
-    return Training(folder, settings.presets[name], overrides, after=before)
+        steps += stage.steps * (1 if name == IMPLICIT else settings.explicit_steps)
+        overrides = {"train.seed": seed, "train.steps": steps, **stage.overrides}
+        folder = f"catbabi/{settings.presets[name]}-seed{seed}-{stage.name}"
+        before = Training(folder, settings.presets[name], overrides, after=before)
+    return before
 
 
 def _measure_checkpoint(settings: Settings, context: StudyContext) -> Measurements:
