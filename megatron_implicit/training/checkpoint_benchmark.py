@@ -57,6 +57,7 @@ class CheckpointBenchmark:
             plain += [self._timed_step() for _ in range(3)]
             synchronous.append(self._save(waited))
             beside.append(self._save_beside_steps(background))
+        gc.unfreeze()
         step, save = statistics.median(plain), statistics.median(synchronous)
         calls = statistics.median(entry["calls_s"] for entry in beside)
         slowdown = statistics.median(max(0.0, sum(t - step for t in entry["steps_s"])) for entry in beside)

@@ -144,6 +144,7 @@ class Trainer:
             try:
                 self._run()
             finally:
+                gc.unfreeze()  # or compiled modules complain, at the exit, of what Python has not given back
                 for callback in self.callbacks:
                     callback.on_exit(self)
 
