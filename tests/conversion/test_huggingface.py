@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -77,44 +78,71 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 logging.set_verbosity_error()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = torch.load(sys.argv[2], weights_only=True)
-found = {"logits": model(ids).logits}
-model.config.inference |= {"tolerance": 1e-6, "max_iterations": 400}
-found["tight"] = model(ids).logits
-found["tokens"] = model.generate(ids, max_new_tokens=8, do_sample=False)
-found["without states"] = model.generate(ids, max_new_tokens=8, do_sample=False, use_cache=False)
-found["beams"] = model.generate(ids, max_new_tokens=4, do_sample=False, num_beams=2)
-short = torch.cat((torch.zeros(1, 5, dtype=torch.long), ids[:1, :-5]), dim=1)
-batch, mask = torch.cat((short, ids[1:])), torch.ones_like(ids)
-mask[0, :5] = 0
-found["padded"] = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
-found["alone"] = model.generate(ids[:1, :-5], max_new_tokens=8, do_sample=False)
-found["padded logits"] = model(batch, attention_mask=mask).logits[0, 5:]
-found["alone logits"] = model(ids[:1, :-5]).logits[0]
-states, logits = None, []
-for token in ids.split(1, dim=1):
-    out = model(token, states=states, use_cache=True)
-    states = out.states
-    logits.append(out.logits)
-found["token by token"] = torch.cat(logits, dim=1)
-assert not any(name.startswith("megatron") for name in sys.modules), "the folder's code must stand alone"
-torch.save(found, sys.argv[3])
+
+def everything(folder, ids):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    found = {"logits": model(ids).logits}
+    model.config.inference |= {"tolerance": 1e-6, "max_iterations": 400}
+    found["tight"] = model(ids).logits
+    found["tokens"] = model.generate(ids, max_new_tokens=NEW, do_sample=False)
+    found["without states"] = model.generate(ids, max_new_tokens=NEW, do_sample=False, use_cache=False)
+    found["beams"] = model.generate(ids, max_new_tokens=4, do_sample=False, num_beams=2)
+    short = torch.cat((torch.zeros(1, 5, dtype=torch.long), ids[:1, :-5]), dim=1)
+    batch, mask = torch.cat((short, ids[1:])), torch.ones_like(ids)
+    mask[0, :5] = 0
+    found["padded"] = model.generate(batch, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
+    found["alone"] = model.generate(ids[:1, :-5], max_new_tokens=NEW, do_sample=False)
+    found["padded logits"] = model(batch, attention_mask=mask).logits[0, 5:]
+    found["alone logits"] = model(ids[:1, :-5]).logits[0]
+    states, logits = None, []
+    for token in ids.split(1, dim=1):
+        out = model(token, states=states, use_cache=True)
+        states = out.states
+        logits.append(out.logits)
+    found["token by token"] = torch.cat(logits, dim=1)
+    return found
+
+torch.save([everything(*given) for given in torch.load(sys.argv[1], weights_only=True)], sys.argv[2])
+assert not any(name.startswith("megatron") for name in sys.modules), "the folders' code must stand alone"
 """
+NEW = 6
+"""Tokens that are generated."""
+
+
+@dataclass
+class Exported:
+    """A golden model as a folder of its own, its tokens, and what it gives without our package."""
+
+    folder: Path
+    ids: torch.Tensor
+    found: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def exported(one_process: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    """Both families, in one process that has never seen our package."""
+    place, models = tmp_path_factory.mktemp("exported"), {}
+    for family in goldens.IMPLICIT:
+        reference = folders.write_reference(place / f"{family}-reference", family)
+        hf = folders.converted(reference, "reference", "hf", place / family)
+        models[family] = Exported(hf, torch.from_numpy(goldens.arrays(family)["input_ids"]))
+    torch.save([(str(model.folder), model.ids) for model in models.values()], place / "given.pt")
+    program = PROGRAM.replace("NEW", str(NEW))
+    command = [sys.executable, "-c", program, str(place / "given.pt"), str(place / "found.pt")]
+    environment = os.environ | {"HF_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for model, found in zip(models.values(), torch.load(place / "found.pt", weights_only=True), strict=True):
+        model.found = found
+    return models
 
 
 @pytest.mark.parametrize("family", goldens.IMPLICIT)
-def test_an_exported_implicit_model_loads_alone_and_agrees_with_ours(tmp_path: Path, family: str) -> None:
-    reference = folders.write_reference(tmp_path / "reference", family)
-    hf = folders.converted(reference, "reference", "hf", tmp_path / "hf")
-    ids = torch.from_numpy(goldens.arrays(family)["input_ids"])
-    torch.save(ids, tmp_path / "ids.pt")
-    command = [sys.executable, "-c", PROGRAM, str(hf), str(tmp_path / "ids.pt"), str(tmp_path / "found.pt")]
-    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    lm = load_pretrained(hf)
+def test_an_exported_implicit_model_loads_alone_and_agrees_with_ours(
+    exported: dict[str, Exported], family: str
+) -> None:
+    found, ids = exported[family].found, exported[family].ids
+    lm = load_pretrained(exported[family].folder)
     tight = {"tolerance": 1e-6, "max_iterations": 400}
     assert float((found["logits"] - lm(ids).logits).abs().max()) <= 1e-5
     assert float((found["tight"] - goldens.tensor(family, "fp/logits").float()).abs().max()) <= 1e-4
@@ -124,7 +152,7 @@ def test_an_exported_implicit_model_loads_alone_and_agrees_with_ours(tmp_path: P
     assert torch.equal(found["tokens"], found["without states"])
     assert torch.equal(found["padded"][0, ids.shape[1] :], found["alone"][0, ids.shape[1] - 5 :])
     assert found["beams"].shape == (2, ids.shape[1] + 4)
-    for _ in range(8):
+    for _ in range(NEW):
         ids = torch.cat((ids, lm(ids, **tight).logits[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(found["tokens"], ids)
 

@@ -9,10 +9,11 @@ from tests.schedules.runs import random_schedules, run_on_threads
 from tests.schedules.toy import Problem, without_schedule
 
 
+@pytest.mark.parametrize("problems", [8, pytest.param(100, marks=pytest.mark.acceptance)])
 @pytest.mark.parametrize("stages", [2, 3])
-def test_delays_change_nothing_between_threads(stages: int) -> None:
+def test_delays_change_nothing_between_threads(stages: int, problems: int) -> None:
     torch.set_num_threads(1)
-    for seed in range(8):
+    for seed in range(problems):
         problem = Problem.random(seed, stages)
         expected = without_schedule(problem)
         for delay_seed in (1, 2):
@@ -26,4 +27,4 @@ def test_delays_change_nothing_between_processes(pool) -> None:
 
 def two_and_three_stages() -> list[str]:
     """100 problems each."""
-    return random_schedules(list(range(100)), 3, slowest=0.001) + random_schedules(list(range(100, 200)), 2, 0.001)
+    return random_schedules(list(range(100)), 3, slowest=0.002) + random_schedules(list(range(100, 200)), 2, 0.002)

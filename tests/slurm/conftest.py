@@ -55,14 +55,16 @@ class SubmittedRuns:
             encoding="utf-8",
         )
 
-    def submit(self, name: str, *arguments: str) -> list[str]:
-        """Numbers of the jobs of a run."""
+    def submit(self, name: str, *arguments: str, cluster: str = "") -> list[str]:
+        """Numbers of the jobs of a run; ``cluster`` is added to cluster.env."""
+        cluster_file = self.folder / f"{name}.env"
+        cluster_file.write_text(self.cluster_file.read_text(encoding="utf-8") + cluster, encoding="utf-8")
         command = [
             "bash",
             REPOSITORY / "SLURM" / "submit.sh",
             self.config,
             "--cluster",
-            self.cluster_file,
+            cluster_file,
             "--nodes",
             2,
         ]
@@ -99,15 +101,15 @@ class SubmittedRuns:
         return max((entry["step"] for entry in self.entries(name)[-1:]), default=-1)
 
 
-def wait_until(reached: Callable[[], bool], timeout: float, what: str) -> None:
-    """Looks often."""
+def wait_until(reached: Callable[[], bool], timeout: float, what: str, pause: float = 0.05) -> None:
+    """Looks often: every ``pause`` seconds."""
     deadline = time.monotonic() + timeout
     while not reached():
         assert time.monotonic() < deadline, f"{what}: not within {timeout} s"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def start_pretraining(launcher: list[object], config: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
     """launch/pretrain.py under some launcher."""
     command = [*launcher, REPOSITORY / "launch" / "pretrain.py", "--config", config, "--run.dir", run_dir]
-    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=180)
+    return subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)

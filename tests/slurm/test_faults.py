@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -18,14 +19,14 @@ from tests.slurm.conftest import SubmittedRuns, wait_until
 
 pytestmark = pytest.mark.acceptance
 
-STEPS, SAVE_EVERY = 60, 4
+STEPS, SAVE_EVERY = 80, 4
 MOST_STEPS = 9
 """That an attempt does before it is killed."""
 
 
 @pytest.fixture(scope="module")
 def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> SubmittedRuns:
-    """Runs of 60 steps; 'whole' is not interrupted."""
+    """Runs of 80 steps; 'whole' is not interrupted."""
     settings = {
         "train": {**SETTINGS["train"], "steps": STEPS, "validate_every": 20},
         "checkpoint": {"save_every": SAVE_EVERY},
@@ -33,6 +34,18 @@ def runs(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Submitte
     made = SubmittedRuns(tmp_path_factory.mktemp("slurm"), cluster, **settings)
     assert cluster.wait(made.submit("whole")[0], 400) == ("COMPLETED", "0:0"), made.log("whole")
     return made
+
+
+def slow_steps(folder: Path, seconds: float, condition: str = "True") -> str:
+    """A line of cluster.env that lets every step take so much longer in jobs where the condition holds."""
+    (folder / "sitecustomize.py").write_text(
+        "import os, time\n"
+        f"if 'SLURM_STEP_ID' in os.environ and {condition}:\n"
+        "    from megatron_implicit.training.curriculum import Curriculum\n"
+        "    phase = Curriculum.phase\n"
+        f"    Curriculum.phase = lambda *a: (time.sleep({seconds / 2}), phase(*a))[1]\n"  # asked for twice a step
+    )
+    return f"export PYTHONPATH={folder}:$PWD\n"
 
 
 class Killer:
@@ -56,19 +69,26 @@ class Killer:
         lines = 1 + self._dice.randrange(MOST_STEPS)
         self._wait(lambda: len(self._new_lines()) >= lines)
         self._attempt = self._new_lines()[-1]["attempt"]
+        job = self._running()
+        victims = self._victims(kind, job)  # looked up before: a save takes some hundredths of a second
         if during_save:
-            self._wait(lambda: any((self._folder / "checkpoints").glob("*.partial")))
-        job, step = self._running(), self._runs.last_step(self._name)
-        if kind == "rank":
-            os.kill(self._dice.choice(self._cluster.processes(job, ranks=True)), signal.SIGKILL)
-        elif kind == "job":
-            for process in self._cluster.processes(job):
-                os.kill(process, signal.SIGKILL)
+            self._wait(lambda: any((self._folder / "checkpoints").glob("*.partial")), pause=0.002)
+        if victims:
+            for process in victims:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
         else:
             self._cluster.kill_daemon(self._dice.choice(["n1", "n2"]))
-            self._wait(lambda: self._cluster.state(job)[0] not in ("RUNNING", "COMPLETING"))
+            self._wait(lambda: self._cluster.state(job)[0] not in ("RUNNING", "COMPLETING"), pause=0.3)
             self._cluster.start()
-        return f"{kind} of job {job} at step {step}{' during a save' if during_save else ''}"
+        partial = [path.name for path in (self._folder / "checkpoints").glob("*.partial")]
+        return f"{kind} of job {job} at step {self._runs.last_step(self._name)}, being written: {partial}"
+
+    def _victims(self, kind: str, job: str) -> list[int]:
+        """Processes to kill; none where it is a node's daemon."""
+        if kind == "rank":
+            return [self._dice.choice(self._cluster.processes(job, ranks=True))]
+        return self._cluster.processes(job) if kind == "job" else []
 
     def _new_lines(self) -> list[dict[str, Any]]:
         """What attempts after the one that was killed have recorded."""
@@ -80,19 +100,28 @@ class Killer:
                 return job
         raise AssertionError(self._runs.log(self._name))
 
-    def _wait(self, reached: Callable[[], bool]) -> None:
+    def _wait(self, reached: Callable[[], bool], pause: float = 0.05) -> None:
+        looked = time.monotonic()
+
         def reached_or_started() -> bool:
-            for job in self._jobs:
-                self._cluster.start_soon(job, self._cluster.state(job)[1])
+            nonlocal looked
+            if time.monotonic() > looked + 1.0:
+                for job in self._jobs:
+                    self._cluster.start_soon(job, self._cluster.state(job)[1])
+                looked = time.monotonic()
             return reached()
 
-        wait_until(reached_or_started, 240, self._runs.log(self._name))
+        wait_until(reached_or_started, 240, self._runs.log(self._name), pause)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_five_kills_at_random_moments(cluster: Cluster, runs: SubmittedRuns, asynchronous: bool) -> None:
+def test_five_kills_at_random_moments(
+    cluster: Cluster, runs: SubmittedRuns, asynchronous: bool, tmp_path: Path
+) -> None:
+    """Steps are slow: Slurm takes half a minute to notice that a daemon is gone."""
     name, dice = f"killed_{asynchronous}", random.Random(20261125 + asynchronous)
-    jobs = runs.submit(name, "--chain", "6", "--checkpoint.asynchronous", str(asynchronous).lower())
+    settings = ("--checkpoint.asynchronous", str(asynchronous).lower())
+    jobs = runs.submit(name, "--chain", "6", *settings, cluster=slow_steps(tmp_path, 1.0))
     killer = Killer(cluster, runs, name, jobs, dice)
     kinds = ["rank", "daemon", "job", "rank", "job"]
     saving = [False, False, True, True, False]
@@ -111,17 +140,10 @@ def test_five_kills_at_random_moments(cluster: Cluster, runs: SubmittedRuns, asy
 
 
 def test_a_real_time_limit(cluster: Cluster, runs: SubmittedRuns, tmp_path: Path) -> None:
-    """Two minutes, of which Slurm takes one to announce the end: every step is slowed down to last beyond it."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\n"
-        "if not int(os.environ.get('SLURM_RESTART_COUNT', 0)) and 'SLURM_STEP_ID' in os.environ:\n"
-        "    from megatron_implicit.training.curriculum import Curriculum\n"
-        "    phase = Curriculum.phase\n"
-        "    Curriculum.phase = lambda *a: (time.sleep(1.0), phase(*a))[1]\n"
-    )
-    with runs.cluster_file.open("a") as file:
-        file.write(f"WARNING_SECONDS=20\nexport PYTHONPATH={tmp_path}:$PWD\n")
-    [job] = runs.submit("limited", "--time", "2")
+    """Three minutes, of which Slurm takes one to announce the end: steps are slowed down to last beyond it. What the
+    ranks themselves see on the clock comes later."""
+    slow = slow_steps(tmp_path, 2.0, "not int(os.environ.get('SLURM_RESTART_COUNT', 0))")
+    [job] = runs.submit("limited", "--time", "3", "--run.time_margin_s", "1", cluster=f"WARNING_SECONDS=50\n{slow}")
     assert cluster.wait(job, 400) == ("COMPLETED", "0:0"), runs.log("limited")
     log = runs.log("limited")
     assert "asking the ranks to save and end" in log and "requeued as attempt 1" in log
@@ -130,9 +152,7 @@ def test_a_real_time_limit(cluster: Cluster, runs: SubmittedRuns, tmp_path: Path
 
 def test_a_step_whose_slurmstepd_died_is_ended_when_its_ranks_have_ended(cluster: Cluster, runs: SubmittedRuns) -> None:
     """srun would wait for ever."""
-    with runs.cluster_file.open("a") as file:
-        file.write("RANKS_GRACE=10\n")
-    [job] = runs.submit("orphaned")
+    [job] = runs.submit("orphaned", cluster="RANKS_GRACE=10\n")
     wait_until(lambda: runs.last_step("orphaned") >= 3, 240, "orphaned")
     rank = cluster.processes(job, ranks=True)[-1]
     os.kill(int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1]), signal.SIGKILL)

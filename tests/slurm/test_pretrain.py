@@ -165,9 +165,13 @@ def test_torchrun_srun_and_mpirun_give_the_same_losses(runs: SubmittedRuns, stor
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
         "mpirun": [mpirun, "-n", "2", "--allow-run-as-root", "--oversubscribe", sys.executable, "-W", "ignore"],
     }
-    for name, launcher in launchers.items():
-        done = start_pretraining(launcher, runs.config, runs.folder / "runs" / name)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with ThreadPoolExecutor() as side_by_side:
+        jobs = {
+            name: side_by_side.submit(start_pretraining, launcher, runs.config, runs.folder / "runs" / name)
+            for name, launcher in launchers.items()
+        }
+    for name, job in jobs.items():
+        assert job.result().returncode == 0, job.result().stdout + job.result().stderr
         assert runs.curve(name) == runs.curve("whole"), name
 
 

@@ -33,6 +33,7 @@ class WandbSink(Sink):
 
         identity = self._identity
         os.environ.setdefault("WANDB_SILENT", "true")
+        connect_s = float(os.environ.get("WANDB_INIT_TIMEOUT", CONNECT_S))
         self._run = wandb.init(
             project=self._config.wandb_project,
             id=identity.run_id,
@@ -42,9 +43,8 @@ class WandbSink(Sink):
             resume="allow",
             config=identity.config,
             settings=wandb.Settings(
-                init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", CONNECT_S)), console="off", disable_git=True,
-                disable_code=True, silent=True,
-            ),  # fmt: skip
+                init_timeout=connect_s, console="off", disable_git=True, disable_code=True, silent=True
+            ),
         )
         # Our own step: wandb's only grows, and would leave out the steps that are made again after a crash.
         self._run.define_metric("step")
