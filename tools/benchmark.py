@@ -182,6 +182,7 @@ def _measure_generation(arguments: list[str]) -> int:
     if not 0 < options.early < options.late or min(options.window, options.evaluations - 1) < 1:
         raise ConfigError("give --early below --late, --window of at least 1 and --evaluations of at least 2")
     options.tokens, options.sequence_length, options.precision = 32, 32, "fp32"
+    options.size, options.any_order = "custom", False
 
     from megatron_implicit.device import prepare_megatron
 
@@ -208,6 +209,7 @@ def _measure_checkpoints(arguments: list[str]) -> int:
     parser.add_argument("--folder", type=Path, metavar="DIR", help="on the file system to measure (default: ./benchmark)")
     options = parser.parse_args(arguments)
     options.family, options.sequence_length = "implicit_llama", options.tokens
+    options.size, options.any_order = "custom", False
     folder = options.folder or Path("benchmark")
     if folder.exists():
         raise ConfigError(f"--folder {folder} exists: the benchmark removes its folder, give one that is not there")
@@ -295,7 +297,7 @@ def _model(family: str, width: int, layers: int, vocabulary: int) -> dict:
 
 def _configuration(arguments) -> dict:
     batch = max(1, arguments.tokens // arguments.sequence_length)
-    if getattr(arguments, "size", "custom") == "custom":
+    if arguments.size == "custom":
         model = _model(arguments.family, arguments.width or 256, arguments.layers or 4, vocabulary=4096)
     else:
         given = {"hidden_size": arguments.width, "num_layers": arguments.layers}
@@ -306,7 +308,7 @@ def _configuration(arguments) -> dict:
         "data": {"sequence_length": arguments.sequence_length},
         "train": {
             "steps": 1, "micro_batch_size": batch, "global_batch_size": batch, "precision": arguments.precision,
-            "deterministic": not getattr(arguments, "any_order", False),
+            "deterministic": not arguments.any_order,
         },  # fmt: skip
         "optimizer": {"learning_rate": 1e-3},
     }

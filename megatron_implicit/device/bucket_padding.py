@@ -1,9 +1,9 @@
-"""Repairs the saving of Megatron-Core's distributed optimizer where its buffers have more than one bucket.
+"""Repairs the packed state of Megatron-Core's distributed optimizer where its buffers have more than one bucket.
 
 Upstream packs the state of all buckets without the padding at their ends, and then cuts parameters out of it at offsets
 that count the padding ("data corruption", says its own warning, where it notices at all). A bucket of its own is what
-every parameter gets that several pipeline stages hold, so on a pipeline the saved moments of most parameters would be
-those of their neighbours.
+every parameter gets that several pipeline stages hold. Saving goes without the packed state (``optimizer_shards``);
+loading takes the room for every parameter from it.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ _ALIGNMENT = 64
 class HostMemory:
     """One block, kept from one use to the next, page-locked where there is a GPU.
 
-    Locked pages are what a GPU copies to at full speed, and locking them takes a second a gigabyte, so it is done once.
-    The block is shared memory: a fork would copy private locked pages, all of them, before it returned.
+    Locked pages are what a GPU copies to at full speed, and locking them takes its time, so it is done once. The block is
+    shared memory: the kernel copies private pages that a device has locked when a process forks, instead of sharing them.
     """
 
     def __init__(self) -> None:

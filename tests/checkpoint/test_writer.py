@@ -101,7 +101,8 @@ def test_a_save_beside_training_holds_the_state_of_its_beginning(pool, tmp_path:
 def test_a_save_by_way_of_host_memory_is_the_same(
     one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As tensors of a GPU go: their values when the save began, and no byte more on disk."""
+    """As tensors of a GPU go: their values when the save began, and as much on disk, but for how archives are padded; a
+    view of the memory would take all of it along."""
     layout = {"distributed_optimizer": True}
     assert all(train_beside_a_save(tmp_path / "direct", layout))
     monkeypatch.setattr(background, "_is_away", lambda tensor: True)

@@ -94,11 +94,9 @@ def test_a_model_that_never_saw_stories_is_refused(tmp_path: Path, runs: Runs) -
 
 
 @pytest.mark.acceptance
-def test_the_study_of_the_tiny_size_trains_and_measures(tmp_path: Path) -> None:
-    """Whether it confirms the claim depends on the seed at this size: docs/catbabi.md."""
+def test_the_study_of_the_tiny_size_confirms_the_claim_with_its_first_seed(tmp_path: Path) -> None:
+    """With its second one it does not: docs/catbabi.md."""
     context = StudyContext("catbabi", "tiny", tmp_path, workers=2)
     result = catbabi.run(dataclasses.replace(SIZES["tiny"], seeds=(1,)), context)
-    assert "at 4 times the training length" in result.finding
-    (near, _, far, _) = (result.tables[1].rows[n] for n in range(4))
-    assert float(near[1].split("%")[0]) > float(far[1].split("%")[0]) > 20  # it has learned, and longer ones are harder
+    assert result.finding.startswith("Confirmed"), result.finding
     assert len(result.figures) == 2 and all((context.folder / figure.file).is_file() for figure in result.figures)
