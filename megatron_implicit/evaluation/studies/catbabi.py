@@ -6,8 +6,9 @@ stories and read longer ones; a story is read alone, from its beginning, and eve
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 from megatron_implicit.errors import ConfigError
 from megatron_implicit.evaluation.studies.catbabi_results import Measurements, draw_lengths, draw_tasks, tables
@@ -32,8 +33,12 @@ class Stage:
     """Of its run's folder."""
     steps: int
     """Of this stretch, for the implicit model."""
+    explicit_steps: int
+    """For the explicit one."""
     overrides: dict[str, Any]
-    """Of the presets."""
+    """Of both presets."""
+    unrolled: Optional[int] = None
+    """Iterations of the implicit model that carry the gradient, all of them and undamped; None leaves its preset's solver."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,7 @@ class Settings:
     presets: dict[str, str]
     """Of launch/configs/, by the name of the model."""
     stages: tuple[Stage, ...]
-    """Of both models, but for their steps."""
-    explicit_steps: int
-    """Steps the explicit model makes for one of the implicit model; its steps are as many times cheaper, about."""
+    """Of both models."""
     statements: int
     """Of the longest story in training, as the presets have it."""
     seeds: tuple[int, ...]
@@ -58,21 +61,22 @@ class Settings:
     """Of the measurement on a CPU."""
 
 
+_SHORT = {"data.story_statements": 3, "data.sequence_length": 32}
+
 SIZES = {
     "tiny": Settings(
         presets={IMPLICIT: "catbabi_implicit_mamba2_tiny", EXPLICIT: "catbabi_explicit_mamba2_tiny"},
         stages=(
-            Stage("short", 700, {"data.story_statements": 3, "data.sequence_length": 32, "schedule.decay_fraction": 0}),
-            Stage("whole", 1300, {}),
+            Stage("short", 1000, 1800, {**_SHORT, "schedule.decay_fraction": 0}, unrolled=2),
+            Stage("whole", 600, 2000, {"schedule.decay_fraction": 0}, unrolled=4),
+            Stage("solved", 800, 2400, {"schedule.decay_fraction": 0.15}),
         ),
-        explicit_steps=4,
         statements=8,
         seeds=(1, 2),
     ),
     "paper": Settings(
         presets={IMPLICIT: "catbabi_implicit_mamba2", EXPLICIT: "catbabi_explicit_mamba2"},
-        stages=(Stage("whole", 15_000, {}),),
-        explicit_steps=1,
+        stages=(Stage("whole", 15_000, 15_000, {}),),
         statements=48,
         seeds=(1, 2, 3),
         stories=500,
@@ -114,11 +118,20 @@ def _training(settings: Settings, name: str, seed: int) -> Training:
     """The last stage's, which has the others before it."""
     before, steps = None, 0
     for stage in settings.stages:
-        steps += stage.steps * (1 if name == IMPLICIT else settings.explicit_steps)
+        steps += stage.steps if name == IMPLICIT else stage.explicit_steps
         overrides = {"train.seed": seed, "train.steps": steps, **stage.overrides}
+        if name == IMPLICIT and stage.unrolled:
+            overrides["curriculum"] = json.dumps([_unrolled(stage.unrolled)])
         folder = f"catbabi/{settings.presets[name]}-seed{seed}-{stage.name}"
         before = Training(folder, settings.presets[name], overrides, after=before)
     return before
+
+
+def _unrolled(iterations: int) -> dict[str, Any]:
+    """A curriculum's only phase."""
+    return {
+        "name": "unrolled", "start": 0.0, "gradient": "unrolled", "max_iterations": iterations, "phantom_damping": 1.0
+    }  # fmt: skip
 
 
 def _measure_checkpoint(settings: Settings, context: StudyContext) -> Measurements:
