@@ -95,7 +95,7 @@ def test_a_model_that_never_saw_stories_is_refused(tmp_path: Path, runs: Runs) -
 
 @pytest.mark.acceptance
 def test_the_study_of_the_tiny_size_confirms_the_claim_with_its_first_seed(tmp_path: Path) -> None:
-    """With its second one it does not: docs/catbabi.md."""
+    """With its second one too, docs/catbabi.md, which would take as long again."""
     context = StudyContext("catbabi", "tiny", tmp_path, workers=2)
     result = catbabi.run(dataclasses.replace(SIZES["tiny"], seeds=(1,)), context)
     assert result.finding.startswith("Confirmed"), result.finding
