@@ -38,7 +38,7 @@ class Stage:
     overrides: dict[str, Any]
     """Of both presets."""
     unrolled: Optional[int] = None
-    """Iterations of the implicit model that carry the gradient, all of them and undamped; None leaves its preset's solver."""
+    """Iterations of the implicit model, undamped, the gradient through all; None leaves its preset's solver."""
 
 
 @dataclass(frozen=True)
