@@ -6,14 +6,13 @@ stories and read longer ones; a story is read alone, from its beginning, and eve
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_implicit.errors import ConfigError
 from megatron_implicit.evaluation.studies.catbabi_results import Measurements, draw_lengths, draw_tasks, tables
 from megatron_implicit.evaluation.studies.study import Figure, StudyContext, StudyResult
-from megatron_implicit.evaluation.studies.training import Training, train_all
+from megatron_implicit.evaluation.studies.training import Training, train_all, training_mark
 
 TITLE = "CatbAbI: questions about stories"
 CLAIM = (
@@ -37,8 +36,8 @@ class Stage:
     """For the explicit one."""
     overrides: dict[str, Any]
     """Of both presets."""
-    unrolled: Optional[int] = None
-    """Iterations of the implicit model, undamped, the gradient through all; None leaves its preset's solver."""
+    implicit_overrides: dict[str, Any] = field(default_factory=dict)
+    """Of the implicit model's preset alone."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,25 @@ class Settings:
     """Of the measurement on a CPU."""
 
 
+_NO_CURRICULUM = {"curriculum": "[]"}
+"""The preset's own is for a training in one stretch."""
+_CONSTANT = {"schedule.decay_fraction": 0}
 _SHORT = {"data.story_statements": 3, "data.sequence_length": 32}
+
+
+def _unrolled(iterations: int) -> dict[str, Any]:
+    """All iterations, undamped, carry the gradient."""
+    gradient = {"solver.gradient": "unrolled", "solver.max_iterations": iterations, "solver.phantom_damping": 1.0}
+    return _NO_CURRICULUM | gradient
+
 
 SIZES = {
     "tiny": Settings(
         presets={IMPLICIT: "catbabi_implicit_mamba2_tiny", EXPLICIT: "catbabi_explicit_mamba2_tiny"},
         stages=(
-            Stage("short", 1000, 1800, {**_SHORT, "schedule.decay_fraction": 0}, unrolled=2),
-            Stage("whole", 600, 2000, {"schedule.decay_fraction": 0}, unrolled=4),
-            Stage("solved", 800, 2400, {"schedule.decay_fraction": 0.15}),
+            Stage("short", 1000, 1800, {**_SHORT, **_CONSTANT}, _unrolled(2)),
+            Stage("whole", 600, 2000, _CONSTANT, _unrolled(4)),
+            Stage("solved", 800, 2400, {"schedule.decay_fraction": 0.15}, _NO_CURRICULUM),
         ),
         statements=8,
         seeds=(1, 2),
@@ -116,22 +125,15 @@ def _measure_trained(settings: Settings, context: StudyContext) -> Measurements:
 
 def _training(settings: Settings, name: str, seed: int) -> Training:
     """The last stage's, which has the others before it."""
-    before, steps = None, 0
+    preset, before, steps = settings.presets[name], None, 0
     for stage in settings.stages:
         steps += stage.steps if name == IMPLICIT else stage.explicit_steps
         overrides = {"train.seed": seed, "train.steps": steps, **stage.overrides}
-        if name == IMPLICIT and stage.unrolled:
-            overrides["curriculum"] = json.dumps([_unrolled(stage.unrolled)])
-        folder = f"catbabi/{settings.presets[name]}-seed{seed}-{stage.name}"
-        before = Training(folder, settings.presets[name], overrides, after=before)
+        if name == IMPLICIT:
+            overrides |= stage.implicit_overrides
+        mark = training_mark(preset, overrides, before.name if before else "")
+        before = Training(f"catbabi/{preset}-seed{seed}-{stage.name}-{mark}", preset, overrides, after=before)
     return before
-
-
-def _unrolled(iterations: int) -> dict[str, Any]:
-    """A curriculum's only phase."""
-    return {
-        "name": "unrolled", "start": 0.0, "gradient": "unrolled", "max_iterations": iterations, "phantom_damping": 1.0
-    }  # fmt: skip
 
 
 def _measure_checkpoint(settings: Settings, context: StudyContext) -> Measurements:

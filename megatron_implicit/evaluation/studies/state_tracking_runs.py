@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any, Mapping, Optional, Sequence
 
-from megatron_implicit.evaluation.studies.training import Training
+from megatron_implicit.evaluation.studies.training import Training, training_mark
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,6 @@ def _training(
 ) -> Training:
     overrides = {**curriculum.overrides, "train.seed": curriculum.seed, "data.sequence_length": length, **values}
     after = before[-1] if before else None
-    mark = _mark(curriculum.config, overrides, minutes, after.name if after else "")
+    mark = training_mark(curriculum.config, overrides, minutes, after.name if after else "")
     name = f"state-tracking/{curriculum.label}-seed{curriculum.seed}/length{length}-{mark}"
     return Training(name, curriculum.config, overrides, after, minutes)
-
-
-def _mark(*values: Any) -> str:
-    """Tells trainings apart that differ in anything, so that none is taken for another."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]

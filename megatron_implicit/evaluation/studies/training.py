@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -42,6 +43,11 @@ class Training:
     """The run whose last checkpoint this one goes on from; it is trained first."""
     minutes: Optional[float] = None
     """Wall-clock minutes after which the run counts as finished, if it has not ended before; None sets no limit."""
+
+
+def training_mark(*values: Any) -> str:
+    """Part of a name: trainings that differ in any of these values differ in it, so that none is taken for another."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:6]
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
-from megatron_implicit.config import load_config
+from megatron_implicit.config import Config, load_config
 from megatron_implicit.errors import ConfigError
 from megatron_implicit.evaluation.studies import StudyContext, catbabi
 from megatron_implicit.evaluation.studies.catbabi import EXPLICIT, IMPLICIT, SIZES
 from megatron_implicit.evaluation.studies.catbabi_results import Measurements, draw_lengths, draw_tasks, tables
+from megatron_implicit.evaluation.studies.training import Training
 from megatron_implicit.planning.parameters import stage_parameters
+from megatron_implicit.training.curriculum import Curriculum
 from tests.launch.conftest import REPOSITORY, Runs
 
 
@@ -72,6 +74,37 @@ def test_both_models_have_the_same_parameters_stories_and_recipe(size: str) -> N
     implicit, explicit = configs[IMPLICIT], configs[EXPLICIT]
     assert implicit.data == explicit.data and implicit.data.story_statements == SIZES[size].statements
     assert implicit.optimizer == explicit.optimizer
+
+
+def test_stages_go_on_from_one_another_and_only_the_implicit_model_unrolls() -> None:
+    solvers = {}
+    for name in (IMPLICIT, EXPLICIT):
+        last = catbabi._training(SIZES["tiny"], name, seed=1)
+        stages = [last.after.after, last.after, last]
+        configs = [_config_of(training) for training in stages]
+        assert stages[0].after is None and len({training.name for training in stages}) == 3
+        assert [config.data.story_statements for config in configs] == [3, 8, 8]
+        steps = [config.train.steps for config in configs]
+        assert steps == sorted(steps) and steps[-1] == sum(
+            stage.steps if name == IMPLICIT else stage.explicit_steps for stage in SIZES["tiny"].stages
+        )
+        assert all(len(config.curriculum) == 1 for config in configs)
+        phases = [Curriculum(config).phase(0).solver for config in configs]
+        solvers[name] = [(solver.gradient, solver.max_iterations, solver.phantom_damping) for solver in phases]
+    assert solvers[IMPLICIT] == [("unrolled", 2, 1.0), ("unrolled", 4, 1.0), ("phantom", 16, 0.8)]
+    assert len(set(solvers[EXPLICIT])) == 1
+
+
+def _config_of(training: Training) -> Config:
+    arguments = ["--config", str(REPOSITORY / f"launch/configs/{training.config}.yaml")]
+    return load_config(arguments + [f"--{key}={value}" for key, value in training.overrides.items()])
+
+
+def test_a_training_with_other_settings_is_another_one() -> None:
+    tiny = SIZES["tiny"]
+    longer = dataclasses.replace(tiny, stages=(dataclasses.replace(tiny.stages[0], steps=1001), *tiny.stages[1:]))
+    names = {catbabi._training(settings, IMPLICIT, seed).name for settings in (tiny, longer) for seed in (1, 2)}
+    assert len(names) == 4
 
 
 def test_the_presets_of_the_paper_have_its_recipe() -> None:
