@@ -1,8 +1,8 @@
 """Writes this rank's share of a checkpoint to disk: here, or in a forked process while training goes on.
 
 A fork sees memory as it was, so on a CPU nothing is copied first: the kernel copies the pages that training changes
-meanwhile. From a GPU, tensors are copied to the host before, to memory that is kept for the next checkpoint. Only the
-parent touches the device and the process group.
+meanwhile. A GPU copies its tensors to the host while it goes on with the next step, up to the update, to memory that is
+kept for the next checkpoint; the fork comes after that. Only the parent touches the device and the process group.
 """
 
 from __future__ import annotations
@@ -45,33 +45,40 @@ class BackgroundWrite:
     """
 
     def __init__(self, request: Any, memory: HostMemory, *, asynchronous: bool) -> None:
+        self._request, self._memory = request, memory
         self._written: Optional[Written] = None
         self._process: Any = None
+        self._copied: Optional[list[Any]] = None
+        """Arguments of the writing, while the device may still copy."""
         if request.async_fn is None:
             self._written = Written()  # nothing of the checkpoint is this rank's to write
             return
         arguments = list(request.async_fn_args)
         arguments[1] = _on_host(arguments[1], memory)
         if not asynchronous:
+            memory.finish_copy()
             self._written = _write(request, arguments)
-            return
-        self._connection, theirs = multiprocessing.Pipe(duplex=False)
-        self._process = multiprocessing.get_context("fork").Process(
-            target=_child, args=(theirs, self._connection, request, arguments)
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
-            self._process.start()
-        theirs.close()
+        elif arguments[1] is request.async_fn_args[1]:
+            self._fork(arguments)
+        else:
+            self._copied = arguments
+
+    def finish_copy(self) -> None:
+        """To be called before a tensor of the checkpoint changes, and by whoever waits for the outcome."""
+        if self._copied is not None:
+            self._memory.finish_copy()
+            self._fork(self._copied)
+            self._copied = None
 
     def done(self) -> bool:
         """Whether the share is on disk, or never will be."""
-        if self._written is None and self._connection.poll():
+        if self._written is None and self._process is not None and self._connection.poll():
             self._receive()
         return self._written is not None
 
     def wait(self) -> Written:
         """The outcome, when it is there."""
+        self.finish_copy()
         if self._written is None:
             self._receive()
         return self._written
@@ -80,6 +87,16 @@ class BackgroundWrite:
         """Stops the writing."""
         if self._process is not None and self._process.is_alive():
             self._process.kill()
+
+    def _fork(self, arguments: list[Any]) -> None:
+        self._connection, theirs = multiprocessing.Pipe(duplex=False)
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_child, args=(theirs, self._connection, self._request, arguments)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
+            self._process.start()
+        theirs.close()
 
     def _receive(self) -> None:
         try:
@@ -91,11 +108,12 @@ class BackgroundWrite:
 
 
 def _on_host(buckets: list[Any], memory: HostMemory) -> list[Any]:
-    """Megatron-Core's buckets, (path, name, (byte items, [(item, tensor)])), with every tensor in the host's memory."""
+    """Megatron-Core's buckets, (path, name, (byte items, [(item, tensor)])), with every tensor in the host's memory: the same
+    ones if they are there, or copies that have been begun."""
     away = [tensor for _, _, (_, items) in buckets for _, tensor in items if _is_away(tensor)]
     if not away:
         return buckets
-    copies = iter(memory.copy(away))
+    copies = iter(memory.begin_copy(away))
     return [
         (path, name, (data, [(item, next(copies) if _is_away(tensor) else tensor) for item, tensor in items]))
         for path, name, (data, items) in buckets

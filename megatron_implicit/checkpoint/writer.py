@@ -16,10 +16,10 @@ from megatron_implicit.checkpoint.background import BackgroundWrite, Written
 from megatron_implicit.checkpoint.integrity import write_manifest
 from megatron_implicit.checkpoint.layout import CONFIG_FILE, STATE_FILE, CheckpointFolder, write_durably
 from megatron_implicit.checkpoint.store import TrainingState, training_shards
-from megatron_implicit.comm.agreement import control_group, first_problem
-from megatron_implicit.config import Config, save_config
+from megatron_implicit.comm.agreement import control_group, first_problem, largest
+from megatron_implicit.config import Config, config_to_yaml
 from megatron_implicit.device.host_memory import HostMemory
-from megatron_implicit.device.megatron import CheckpointPlan, plan_checkpoint
+from megatron_implicit.device.megatron import CheckpointPlan, checkpoint_structure, plan_checkpoint
 from megatron_implicit.errors import CheckpointError, LeaseLostError
 
 from megatron.core import parallel_state  # isort: skip
@@ -42,7 +42,9 @@ class CheckpointWriter:
         self, folder: CheckpointFolder, config: Config, fence: Callable[[str], None] = lambda purpose: None
     ) -> None:
         self._folder, self._config, self._fence = folder, config, fence
+        self._config_text = config_to_yaml(config)
         self._plan: Optional[CheckpointPlan] = None
+        self._structure: list[tuple] = []
         self._write: Optional[BackgroundWrite] = None
         self._memory = HostMemory()
         self._partial = Path()
@@ -50,7 +52,7 @@ class CheckpointWriter:
         """Step of the checkpoint that is being written."""
 
     def start(self, state: TrainingState, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
-        """Takes the state as it is now and begins to write it.
+        """Takes the state as it is now and begins to write it; ``finish_copy`` must be called before the next update.
 
         Args:
             state: counters and callbacks' states.
@@ -65,6 +67,9 @@ class CheckpointWriter:
         self._agree(self._prepare(state) if dist.get_rank() == 0 else None)
         shards = training_shards(model, optimizer, loading=False)
         shards["scheduler"] = scheduler.state_dict()
+        structure = checkpoint_structure(shards)
+        if largest(structure != self._structure):
+            self._plan, self._structure = None, structure
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._plan, problem = plan_checkpoint(shards, self._partial, group, earlier=self._plan)
         self._agree(problem or self._shortage(self._plan.bytes))
@@ -72,6 +77,11 @@ class CheckpointWriter:
             self._plan.request, self._memory, asynchronous=self._config.checkpoint.asynchronous
         )
         self.pending = state.step
+
+    def finish_copy(self) -> None:
+        """Makes sure that the state of ``start`` is out of the way of an update; it does nothing a second time."""
+        if self._write is not None:
+            self._write.finish_copy()
 
     def done(self) -> bool:
         """Whether this rank has nothing left to write."""
@@ -115,7 +125,7 @@ class CheckpointWriter:
         try:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir(parents=True)
-            save_config(self._config, self._partial / CONFIG_FILE)
+            write_durably(self._partial / CONFIG_FILE, self._config_text)
             write_durably(self._partial / STATE_FILE, json.dumps(asdict(state), indent=1))
             return None
         except OSError as error:

@@ -8,7 +8,7 @@ YAML file + dotted command line that produce one (``load``). Imports nothing of 
     config = load_config(["--config", "launch/configs/implicit_mamba2_tiny.yaml", "--parallel.tensor", "2"])
 """
 
-from megatron_implicit.config.load import config_from_dict, config_to_dict, load_config, save_config
+from megatron_implicit.config.load import config_from_dict, config_to_dict, config_to_yaml, load_config, save_config
 from megatron_implicit.config.schema import (
     CheckpointConfig,
     Config,
@@ -30,5 +30,5 @@ from megatron_implicit.config.schema import (
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "DebugConfig", "HealthConfig", "InferenceConfig", "ModelConfig",
     "OptimizerConfig", "ParallelConfig", "PhaseConfig", "RunConfig", "ScheduleConfig", "SolverConfig", "TelemetryConfig", "TrainConfig",
-    "config_from_dict", "config_to_dict", "load_config", "save_config",
+    "config_from_dict", "config_to_dict", "config_to_yaml", "load_config", "save_config",
 ]  # fmt: skip

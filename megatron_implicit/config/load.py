@@ -100,12 +100,17 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def save_config(config: Config, path: str | Path) -> None:
-    """Writes ``config`` as YAML, keys in the schema's order, without what concerns one job and not the run."""
+def config_to_yaml(config: Config) -> str:
+    """``config`` as YAML, keys in the schema's order, without what concerns one job and not the run."""
     values = config_to_dict(config)
     for section, name in JOB_KEYS:
         values[section][name] = None
-    Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes ``config_to_yaml``."""
+    Path(path).write_text(config_to_yaml(config), encoding="utf-8")
 
 
 JOB_KEYS = (("train", "stop_after_steps"), ("run", "time_limit_minutes"), ("debug", "inject"))

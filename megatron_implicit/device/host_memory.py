@@ -1,4 +1,4 @@
-"""Host memory that tensors of a GPU are copied to before a forked process writes them to disk."""
+"""Host memory that tensors of a GPU are copied to, beside its work, before a forked process writes them to disk."""
 
 from __future__ import annotations
 
@@ -25,11 +25,14 @@ class HostMemory:
         self._block: Optional[mmap.mmap] = None
         self._locked: Optional[int] = None
         """Address of the block, where its pages are locked."""
+        self._stream: Optional[torch.cuda.Stream] = None
+        """Where a GPU copies while it goes on with its work."""
 
-    def copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The same tensors in this memory, contiguous; their contents are there when it returns, until the next call.
+    def begin_copy(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same tensors in this memory, contiguous; their contents are there after ``finish_copy``, until the next call.
 
-        Each has a storage of its own, no larger than itself: that is what ``torch.save`` writes.
+        Each has a storage of its own, no larger than itself: that is what ``torch.save`` writes. Until ``finish_copy`` the
+        caller keeps the tensors and changes none of them; what the device was given to do before is done to them first.
         """
         places, size = [], 0
         for tensor in tensors:
@@ -38,9 +41,20 @@ class HostMemory:
         if self._block is None or len(self._block) < size:
             self._release()
             self._reserve(size)
-        copies = [self._at(place, tensor) for place, tensor in zip(places, tensors, strict=True)]
-        current_platform().synchronize()
-        return copies
+        with self._beside_the_work():
+            return [self._at(place, tensor) for place, tensor in zip(places, tensors, strict=True)]
+
+    def finish_copy(self) -> None:
+        """Waits for the copies that were begun."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _beside_the_work(self) -> contextlib.AbstractContextManager:
+        if current_platform().device_type != "cuda":
+            return contextlib.nullcontext()
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._stream)
 
     def _at(self, place: int, tensor: Tensor) -> Tensor:
         if not tensor.numel():

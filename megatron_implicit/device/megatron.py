@@ -133,7 +133,7 @@ def plan_checkpoint(
         shards: sharded state dict of this rank.
         folder: exists on rank 0.
         group: ranks that hold the same shards.
-        earlier: plan of a checkpoint of the same structure.
+        earlier: plan of a checkpoint of the same ``checkpoint_structure`` on all ranks.
 
     Returns:
         the plan, and the problem this rank met, if any.
@@ -153,19 +153,36 @@ def plan_checkpoint(
     return CheckpointPlan(request, size, strategy, folder), (str(errors[0]) if errors else None)
 
 
+def checkpoint_structure(shards: dict[str, Any]) -> list[tuple]:
+    """What this rank's plan of a checkpoint depends on: which part of which tensor or object each shard is, in order."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    fields = ("key", "global_shape", "global_offset", "local_shape", "dtype", "replica_id")
+    return [
+        tuple(getattr(shard, field, None) for field in fields)
+        for shard in nested_values(shards)
+        if isinstance(shard, ShardedBase)
+    ]
+
+
 def _save_strategy() -> Any:
     from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     class Strategy(TorchDistSaveShardedStrategy):
-        """Keeps what its finalization would have used."""
+        """Keeps what its finalization would have used; from the third plan on, ranks need not tell each other theirs."""
 
         def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> Any:
-            self.planned = (writer, planned[1])
+            metadata = planned[1]
+            if hasattr(metadata, "all_local_plans"):
+                del metadata.all_local_plans  # every rank's plan, which loading has no use for
+            self.planned = (writer, metadata)
             function, preload, arguments = writer.get_save_function_and_args()
             return AsyncRequest(function, arguments, [], preload_fn=preload)
 
-    return Strategy(**accepted_arguments(TorchDistSaveShardedStrategy.__init__, backend="torch_dist", version=1))
+    arguments = accepted_arguments(TorchDistSaveShardedStrategy.__init__, backend="torch_dist", version=1)
+    return Strategy(**arguments, cached_metadata=True)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, Optional
+from unittest import mock
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from megatron_implicit.checkpoint.integrity import find_problem
 from megatron_implicit.checkpoint.store import load_training_state
 from megatron_implicit.config import Config, config_from_dict
 from megatron_implicit.device.host_memory import HostMemory
+from tests.checkpoint.late_copies import copy_late
 
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest  # isort: skip
 
@@ -47,10 +49,16 @@ class Job:
         start_model_parallel(config.parallel, config.train.seed)
         self.config = config
         self.parts = prepare_training(config, build_model(config))
-        self.runner = StepRunner(config, self.parts)
+        self.runner = StepRunner(config, self.parts, on_gradients=self._before_update)
+        self._writer: Optional[CheckpointWriter] = None
 
-    def train(self, steps: range) -> None:
-        """Steps whose batches depend on their number alone."""
+    def _before_update(self, step: int) -> None:
+        if self._writer is not None:
+            self._writer.finish_copy()
+
+    def train(self, steps: range, writer: Optional[CheckpointWriter] = None) -> None:
+        """Steps whose batches depend on their number alone, beside what ``writer`` does."""
+        self._writer = writer
         for step in steps:
             tokens = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(step))
             batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(2, 16)}
@@ -71,28 +79,33 @@ class Job:
         return [parameter.detach().clone() for parameter in self.parts.model.parameters()]
 
 
-def train_beside_a_save(folder: Path, layout: dict) -> list[bool]:
-    """Whether a run from a checkpoint that was written while training went on ends as the run itself."""
+def train_beside_saves(folder: Path, layout: dict, saves: int = 1) -> list[bool]:
+    """Whether runs from checkpoints that were written while training went on go on as the run itself."""
     config = config_from_dict(CONFIG | {"parallel": layout})
     job = Job(config)
     writer = CheckpointWriter(CheckpointFolder(folder), config)
     job.train(range(1, 4))
-    job.start(writer, 3)
-    job.train(range(4, 8))  # changes every parameter and all optimizer state while they are written
-    expected = job.parameters()
-    step_folder = writer.finish()
-    assert find_problem(step_folder) is None
-    other = Job(config)
-    other.load(step_folder)
-    other.train(range(4, 8))
-    return [torch.equal(a, b) for a, b in zip(other.parameters(), expected, strict=True)]
+    step_folders, expected = [], []
+    for step in range(3, 3 + 2 * saves, 2):
+        job.start(writer, step)
+        job.train(range(step + 1, step + 3), writer)  # changes all that is being written
+        expected.append(job.parameters())
+        step_folders.append(writer.finish())
+    same = []
+    for step, step_folder in zip(range(3, 3 + 2 * saves, 2), step_folders):
+        assert find_problem(step_folder) is None
+        other = Job(config)
+        other.load(step_folder)
+        other.train(range(step + 1, step + 3))
+        same += [torch.equal(a, b) for a, b in zip(other.parameters(), expected.pop(0), strict=True)]
+    return same
 
 
 @pytest.mark.parametrize(
     "layout", [{"tensor": 2}, {"distributed_optimizer": True}], ids=["TP2", "DP2 distributed optimizer"]
 )
 def test_a_save_beside_training_holds_the_state_of_its_beginning(pool, tmp_path: Path, layout: dict) -> None:
-    for same in pool(2).run(train_beside_a_save, tmp_path, layout):
+    for same in pool(2).run(train_beside_saves, tmp_path, layout):
         assert all(same)
     sizes = {path.name[:3]: path.stat().st_size for path in tmp_path.rglob("*.distcp")}
     assert set(sizes) == {"__0", "__1"}  # both ranks wrote
@@ -104,11 +117,51 @@ def test_a_save_by_way_of_host_memory_is_the_same(
     """As tensors of a GPU go: their values when the save began, and as much on disk, but for how archives are padded; a
     view of the memory would take all of it along."""
     layout = {"distributed_optimizer": True}
-    assert all(train_beside_a_save(tmp_path / "direct", layout))
+    assert all(train_beside_saves(tmp_path / "direct", layout))
     monkeypatch.setattr(background, "_is_away", lambda tensor: True)
-    assert all(train_beside_a_save(tmp_path / "copied", layout))
+    assert all(train_beside_saves(tmp_path / "copied", layout))
     sizes = [sum(path.stat().st_size for path in (tmp_path / way).rglob("*.distcp")) for way in ("copied", "direct")]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+
+
+def test_copies_are_waited_for_before_an_update(
+    one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_late(monkeypatch)
+    assert all(train_beside_saves(tmp_path, {"distributed_optimizer": True}, saves=2))
+
+
+def plan_as_before(folder: Path) -> list[bool]:
+    """Whether each of four checkpoints, the last two of which reuse the plan of those before, is right."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
+    plan = DefaultSavePlanner.create_global_plan
+    with mock.patch.object(DefaultSavePlanner, "create_global_plan", autospec=True, side_effect=plan) as planned:
+        same = train_beside_saves(folder, {"distributed_optimizer": True}, saves=4)
+    assert planned.call_count == (2 if torch.distributed.get_rank() == 0 else 0)
+    return same
+
+
+def test_later_saves_reuse_the_plan(pool, tmp_path: Path) -> None:
+    for same in pool(2).run(plan_as_before, tmp_path):
+        assert all(same)
+
+
+def test_a_plan_is_not_reused_for_other_tensors(one_process: None, tmp_path: Path) -> None:
+    """An optimizer that has made no step has no state yet."""
+    job = Job(config_from_dict(CONFIG))
+    writer = CheckpointWriter(CheckpointFolder(tmp_path), job.config)
+    for step in range(3):
+        job.start(writer, step)
+        writer.finish()
+    job.train(range(3, 4))
+    job.start(writer, 3)
+    with_state = writer.finish()
+    job.train(range(4, 6))
+    other = Job(job.config)
+    other.load(with_state)
+    other.train(range(4, 6))
+    assert all(map(torch.equal, other.parameters(), job.parameters()))
 
 
 @pytest.fixture

@@ -141,10 +141,13 @@ class Runs:
                 started.append(subprocess.Popen(command, stdout=log, stderr=log, text=True, env=variables))
         return Ranks(started, logs)
 
-    def run_in(self, pool: Callable[[int], WorkerPool], name: str, *arguments: str, config: bool = True) -> list[str]:
+    def run_in(
+        self, pool: Callable[[int], WorkerPool], name: str, *arguments: str, config: bool = True,
+        job: Callable[[list[str]], str] = train,
+    ) -> list[str]:  # fmt: skip
         """Runs a job on two processes that have started already; each rank's error, or ''."""
         chosen = ["--config", str(self.config)] if config else []
-        return pool(2).run(train, [*chosen, "--run.dir", str(self.folder / name), *arguments])
+        return pool(2).run(job, [*chosen, "--run.dir", str(self.folder / name), *arguments])
 
     def wait_for_step(self, name: str, step: int, timeout: float = 240) -> None:
         """Until the run has written that step's metrics."""

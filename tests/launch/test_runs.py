@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from megatron_implicit.conversion.convert import convert, open_source
-from tests.launch.conftest import Runs
+from tests.checkpoint.late_copies import copy_late
+from tests.launch.conftest import Runs, train
 
 METRICS = {
     "step", "time", "attempt", "tokens", "loss", "grad_norm", "learning_rate", "phase", "iterations_mean",
@@ -55,6 +56,23 @@ def test_a_run_that_crashes_twice_resumes_bit_for_bit_from_its_last_checkpoint(r
     assert runs.start("crashed").code == 0
     assert runs.losses("crashed") == runs.losses("whole")
     assert [runs.metrics("crashed")[step]["attempt"] for step in (0, 1, 3, 4, 8)] == [1, 1, 1, 2, 2]
+
+
+def train_with_late_copies(arguments: list[str]) -> str:
+    """``train``, with checkpoints copied as late as from a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        copy_late(patch)
+        return train(arguments)
+
+
+def test_a_checkpoint_is_of_its_step_however_late_it_is_copied(runs: Runs, pool) -> None:
+    """Copies of a GPU's tensors may be made until the next step's update."""
+    assert runs.run_in(pool, "late", job=train_with_late_copies) == ["", ""]
+    again = runs.copy("late", "again")
+    (again / "checkpoints/latest").write_text("step_00000006\n")
+    assert runs.run_in(pool, "again") == ["", ""]
+    assert runs.metrics("again")[7]["attempt"] == 1
+    assert runs.losses("again") == runs.losses("late")
 
 
 @pytest.mark.parametrize("layout", ["tensor", "pipeline"])

@@ -30,6 +30,9 @@ class Checkpointing(Callback):
         """Whether a rank still writes."""
         return {"writing": int(not self._writer.done())}
 
+    def after_backward(self, trainer: "Trainer", step: int) -> None:
+        self._writer.finish_copy()
+
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         if self._writer.pending is not None and not trainer.agreed["writing"]:
             self._finish(trainer)

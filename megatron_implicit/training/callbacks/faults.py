@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_implicit.config.validate import parse_fault
+from megatron_implicit.device import current_platform
 from megatron_implicit.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Faults(Callback):
         if self._kind == "hang":
             while True:
                 time.sleep(3600)
+        current_platform().synchronize()  # a checkpoint of the parameters may still be on its way to the host
         with torch.no_grad():
             if self._kind == "nonfinite_iterate":
                 next(model.decoder.injection.parameters()).fill_(float("nan"))
