@@ -116,7 +116,7 @@ class CheckpointPlan:
         """
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
-        writer, metadata = self.strategy.base_strategy.planned
+        writer, metadata = getattr(self.strategy, "base_strategy", self.strategy).planned
         writer.finish(metadata, [list(itertools.chain.from_iterable(share.values())) for share in results if share])
         save_config(CheckpointingConfig(self.strategy.backend, self.strategy.version), str(self.folder))
 
@@ -142,7 +142,9 @@ def plan_checkpoint(
     from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
     _collect_checkpoint_writes_in_process()
-    strategy = earlier.strategy if earlier else FullyParallelSaveStrategyWrapper(_save_strategy(), group, True)
+    strategy = earlier.strategy if earlier else _save_strategy()
+    if not earlier and group.size() > 1:  # alone, it would find anew each time that nothing is to be divided
+        strategy = FullyParallelSaveStrategyWrapper(strategy, group, True)
     with _keeping_errors_of_rank_0() as errors:
         request = dist_checkpointing.save(
             shards, str(folder), strategy, validate_access_integrity=earlier is None, async_sharded_save=True,

@@ -53,7 +53,8 @@ def _fill_missing_state(optimizer: Any) -> None:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
-                state.setdefault(name, torch.zeros_like(parameter))
+                if name not in state:
+                    state[name] = torch.zeros_like(parameter)
             state.setdefault("step", torch.zeros(()))
 
 
