@@ -22,6 +22,7 @@ from megatron_implicit.checkpoint.background import BackgroundWrite
 from megatron_implicit.checkpoint.integrity import find_problem
 from megatron_implicit.checkpoint.store import load_training_state
 from megatron_implicit.config import Config, config_from_dict
+from megatron_implicit.device import current_platform
 from megatron_implicit.device.host_memory import HostMemory
 from tests.checkpoint.late_copies import copy_late
 
@@ -47,8 +48,8 @@ class Job:
         from megatron_implicit.training.step import StepRunner
 
         start_model_parallel(config.parallel, config.train.seed)
-        self.config = config
-        self.parts = prepare_training(config, build_model(config))
+        self.config, self.device = config, current_platform().device()
+        self.parts = prepare_training(config, build_model(config).to(self.device))
         self.runner = StepRunner(config, self.parts, on_gradients=self._before_update)
         self._writer: Optional[CheckpointWriter] = None
 
@@ -62,7 +63,7 @@ class Job:
         for step in steps:
             tokens = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(step))
             batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "loss_mask": torch.ones(2, 16)}
-            self.runner.run(step, iter([batch] * 2), torch.device("cpu"))
+            self.runner.run(step, iter([batch] * 2), self.device)
 
     def start(self, writer: CheckpointWriter, step: int) -> None:
         """Begins a save."""
