@@ -48,7 +48,7 @@ class BackgroundWrite:
         self._request, self._memory = request, memory
         self._written: Optional[Written] = None
         self._process: Any = None
-        self._copied: Optional[list[Any]] = None
+        self._copying: Optional[list[Any]] = None
         """Arguments of the writing, while the device may still copy."""
         if request.async_fn is None:
             self._written = Written()  # nothing of the checkpoint is this rank's to write
@@ -61,14 +61,14 @@ class BackgroundWrite:
         elif arguments[1] is request.async_fn_args[1]:
             self._fork(arguments)
         else:
-            self._copied = arguments
+            self._copying = arguments
 
     def finish_copy(self) -> None:
         """To be called before a tensor of the checkpoint changes, and by whoever waits for the outcome."""
-        if self._copied is not None:
+        if self._copying is not None:
             self._memory.finish_copy()
-            self._fork(self._copied)
-            self._copied = None
+            self._fork(self._copying)
+            self._copying = None
 
     def done(self) -> bool:
         """Whether the share is on disk, or never will be."""
