@@ -24,6 +24,9 @@ from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 PATIENCE_S = 10.0
 """What another rank waits before it reports an error: where all ranks have it, the launcher ends it meanwhile."""
 
+PARTING_S = 120
+"""What leaving the process group and the interpreter may take once everything of the run is on disk."""
+
 
 def main() -> None:
     """Runs the job; errors that a user can act on are one line, on the rank that has them."""
@@ -77,6 +80,7 @@ def _pretrain(arguments: list[str]) -> int:
     config = configure(arguments, prog="launch/pretrain.py")
     trainer = open_session(config, place)
     trainer.run()
+    exits.end_within(PARTING_S)
     stop_process_group()
     return exits.REQUEUE if trainer.interrupted else exits.DONE
 

@@ -8,7 +8,9 @@ another start from the last checkpoint, as RESTART is, but not without end.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -44,6 +46,17 @@ def leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def end_within(seconds: int) -> None:
+    """Ends this process after ``seconds`` by SIGALRM, its stacks on stderr, where it has not ended by itself.
+
+    For the end of a job: libraries that wait for each other as they close would hold all its nodes to its time limit. It
+    asks nothing of the interpreter, which may be waiting itself.
+    """
+    faulthandler.dump_traceback_later(seconds, file=sys.__stderr__)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(seconds + 1)
 
 
 def record_exit(code: int) -> None:

@@ -8,6 +8,7 @@ kept for the next checkpoint; the fork comes after that. Only the parent touches
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import queue
@@ -129,6 +130,7 @@ def _child(connection: Connection, parents_end: Connection, request: Any, argume
     parents_end.close()  # or a parent that dies would leave this process waiting for a reader for ever
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    gc.disable()  # what the parent left unreachable is its own to free: a device's tensors cannot be freed from here
     _close_sockets()
     with contextlib.suppress(BrokenPipeError):  # the parent died
         connection.send(_write(request, arguments))

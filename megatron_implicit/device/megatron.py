@@ -17,6 +17,7 @@ import itertools
 import logging
 import queue
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Iterator, Optional
@@ -180,11 +181,33 @@ def _save_strategy() -> Any:
             if hasattr(metadata, "all_local_plans"):
                 del metadata.all_local_plans  # every rank's plan, which loading has no use for
             self.planned = (writer, metadata)
-            function, preload, arguments = writer.get_save_function_and_args()
+            _, preload, arguments = writer.get_save_function_and_args()
+            transforms = [writer.transforms] if hasattr(writer, "transforms") else []
+            function = functools.partial(_write_buckets, transforms) if arguments else None
             return AsyncRequest(function, arguments, [], preload_fn=preload)
 
     arguments = accepted_arguments(TorchDistSaveShardedStrategy.__init__, backend="torch_dist", version=1)
     return Strategy(**arguments, cached_metadata=True)
+
+
+def _write_buckets(transforms: list[Any], rank: int, buckets: list[Any], answers: "queue.Queue[Any]") -> None:
+    """Writes this rank's files, each in a thread, and answers with write results by file or with an exception.
+
+    Up to 0.18 Megatron-Core does this in forked processes, which it waits for without end if one dies. This runs in a
+    process that is forked already, and a fork beside the threads of such queues may inherit a lock that is never released.
+    """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    def write(number: int) -> tuple[int, Any]:
+        outcome: "queue.Queue[Any]" = queue.Queue()
+        begun: "queue.Queue[int]" = queue.Queue()
+        begun.put(number)
+        FileSystemWriterAsync.write_preloaded_data(transforms, number, buckets[number], outcome, begun, True)
+        return outcome.get_nowait()
+
+    with ThreadPoolExecutor(len(buckets)) as pool:
+        results = dict(pool.map(write, range(len(buckets))))
+    answers.put(next((result for result in results.values() if isinstance(result, Exception)), results))
 
 
 @contextlib.contextmanager
