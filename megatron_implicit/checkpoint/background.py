@@ -31,7 +31,7 @@ class Written:
     """What became of a rank's share."""
 
     results: Any = field(default_factory=list)
-    """Megatron-Core's write results by writing process, or the exception that ended the writing."""
+    """Megatron-Core's write results by file, or the exception that ended the writing."""
     entries: dict[str, FileEntry] = field(default_factory=dict)
     """For the manifest: the files of this rank."""
 

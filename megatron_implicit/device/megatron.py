@@ -113,7 +113,7 @@ class CheckpointPlan:
         """Writes the index of all shards; for rank 0, once everything is written.
 
         Args:
-            results: of each rank: write results by writing process.
+            results: of each rank: write results by file.
         """
         from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 
@@ -193,7 +193,7 @@ def _save_strategy() -> Any:
 def _write_buckets(transforms: list[Any], rank: int, buckets: list[Any], answers: "queue.Queue[Any]") -> None:
     """Writes this rank's files, each in a thread, and answers with write results by file or with an exception.
 
-    Up to 0.18 Megatron-Core does this in forked processes, which it waits for without end if one dies. This runs in a
+    Megatron-Core 0.16 does this in forked processes, which it waits for without end if one dies. This runs in a
     process that is forked already, and a fork beside the threads of such queues may inherit a lock that is never released.
     """
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
