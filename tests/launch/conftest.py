@@ -33,7 +33,6 @@ SETTINGS: dict[str, Any] = {
     "optimizer": {"learning_rate": 3e-3},
     "train": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 2, "validate_every": 4, "validation_batches": 2},
     "checkpoint": {"save_every": 3},
-    "health": {"hang_minutes": 2.0},  # a job that hangs says where, before the test's patience ends
     "telemetry": {"console_every": 1, "plots": False},
 }  # fmt: skip
 
