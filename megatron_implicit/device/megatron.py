@@ -181,10 +181,10 @@ def _save_strategy() -> Any:
             if hasattr(metadata, "all_local_plans"):
                 del metadata.all_local_plans  # every rank's plan, which loading has no use for
             self.planned = (writer, metadata)
-            _, preload, arguments = writer.get_save_function_and_args()
+            _, _, arguments = writer.get_save_function_and_args()
             transforms = [writer.transforms] if hasattr(writer, "transforms") else []
             function = functools.partial(_write_buckets, transforms) if arguments else None
-            return AsyncRequest(function, arguments, [], preload_fn=preload)
+            return AsyncRequest(function, arguments, [])
 
     arguments = accepted_arguments(TorchDistSaveShardedStrategy.__init__, backend="torch_dist", version=1)
     return Strategy(**arguments, cached_metadata=True)
@@ -201,7 +201,7 @@ def _write_buckets(transforms: list[Any], rank: int, buckets: list[Any], answers
     def write(number: int) -> tuple[int, Any]:
         outcome: "queue.Queue[Any]" = queue.Queue()
         begun: "queue.Queue[int]" = queue.Queue()
-        begun.put(number)
+        begun.put(number)  # taken back when the file is there
         FileSystemWriterAsync.write_preloaded_data(transforms, number, buckets[number], outcome, begun, True)
         return outcome.get_nowait()
 

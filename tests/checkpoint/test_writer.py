@@ -186,6 +186,15 @@ def test_a_writer_that_is_killed_leaves_the_checkpoint_before(job: Job, tmp_path
     assert writer.finish().name == "step_00000003"  # and the next one is saved as if nothing had been
 
 
+def test_writing_starts_no_process(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a process that is forked already, beside threads whose locks another fork might inherit."""
+    config = replace(job.config, checkpoint=replace(job.config.checkpoint, asynchronous=False))
+    writer = CheckpointWriter(CheckpointFolder(tmp_path), config)
+    monkeypatch.setattr(os, "fork", mock.Mock(side_effect=AssertionError("a process")))
+    job.start(writer, 1)
+    assert find_problem(writer.finish()) is None
+
+
 def orphan_a_writer(folder: Path) -> int:
     """Starts a save whose outcome is longer than a pipe holds, and dies; the number of the writing process."""
     request = AsyncRequest(lambda rank, buckets, answers: answers.put({0: "x" * 300_000}), [0, [], None], [])
