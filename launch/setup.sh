@@ -86,8 +86,11 @@ venv_is_current() {
 }
 
 # An environment of ours that is whole, but may hold an older requirements.txt. One that we did not make is used if its
-# Python is of a supported version.
+# Python is of a supported version. Behind a link there may be that of another repository, which still needs it.
 venv_is_reusable() {
+    if [[ -L $venv && -f $stamp && $(sed -n 3p "$stamp") != "$root" ]]; then
+        fail ".venv is a link to the environment of $(sed -n 3p "$stamp"): remove the link, and this repository gets its own"
+    fi
     [[ -e $venv && ! -e $unfinished ]] || return 1
     if [[ -f $stamp ]]; then
         venv_fits

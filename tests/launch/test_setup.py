@@ -164,6 +164,17 @@ def test_an_environment_of_someone_else_is_not_touched(repository: Repository) -
     assert [path.name for path in (repository.root / ".venv").iterdir()] == ["precious"]
 
 
+def test_the_environment_of_another_repository_is_not_replaced(repository: Repository, tmp_path: Path) -> None:
+    repository.set_up()
+    stamp = repository.root / ".venv" / ".setup-stamp"
+    stamp.write_text(stamp.read_text().replace(str(repository.root), "/home/other/repository"))
+    (repository.root / ".venv").rename(tmp_path / "theirs")
+    (repository.root / ".venv").symlink_to(tmp_path / "theirs")
+    code, _, err = repository.set_up()
+    assert code == 1 and "a link to the environment of /home/other/repository" in err and err.count("\n") == 1
+    assert (tmp_path / "theirs" / ".setup-stamp").exists() and (tmp_path / "theirs" / "bin" / "python").exists()
+
+
 def test_without_an_environment_the_torch_that_is_there_stays(repository: Repository) -> None:
     import torch
 
