@@ -196,16 +196,8 @@ class ColumnShardedWeight(Placed, WeightOwner):
         whole = torch.empty(self.matrix.shape[0], self.columns.logical)
         uniform_(whole, self.gain / math.sqrt(self.columns.logical), generator)
         self.matrix.copy_(whole[:, self.columns.start : self.columns.stop])
-        self.reset_gain()
-
-    @torch.no_grad()
-    def reset_gain(self) -> None:
-        """g <- ||v||, over all ranks' columns."""
-        if self.normed:
-            squares = self.weight_v.float().square().sum(dim=1)
-            if self.tp_group.size() > 1:
-                dist.all_reduce(squares, group=self.tp_group)
-            self.weight_g.copy_(squares.sqrt())
+        if self.normed:  # g = ||v||, which every rank knows: parameters are still on the host, where NCCL sums nothing
+            self.weight_g.copy_(whole.to(self.matrix.dtype).float().square().sum(dim=1).sqrt())
 
     def placement(self, name: str) -> Optional[Placement]:
         """Columns of v (or W); g is replicated."""
