@@ -64,6 +64,13 @@ class Arrival(NamedTuple):
     error: Optional[BaseException] = None
 
 
+class Payload(Protocol):
+    """Tensors that are being received."""
+
+    def wait(self) -> list[Tensor]:
+        """The tensors. Over NCCL it is the device that waits: what it is given to do from here on comes after them."""
+
+
 class Channel(Protocol):
     """One process's ends of its ring's links."""
 
@@ -76,8 +83,8 @@ class Channel(Protocol):
     def arrival(self, timeout: float) -> Optional[Arrival]:
         """The oldest header not yet asked for; None if there is none within ``timeout`` seconds."""
 
-    def payload(self, direction: Direction, specs: Sequence[TensorSpec]) -> list[Tensor]:
-        """The payload of a header; must be called for every header that has one, in their order."""
+    def payload(self, direction: Direction, specs: Sequence[TensorSpec]) -> Payload:
+        """Begins to receive the payload of a header; must be called for every header, in their order."""
 
     def received(self, direction: Direction, microbatch: int) -> None:
         """The schedule knows that everything sent up to the last message of this microbatch has been received."""
@@ -87,6 +94,19 @@ class Channel(Protocol):
 
     def abandon(self, farewell: Header) -> None:
         """Sends a last header both ways, as well as it goes."""
+
+
+class _Receives(NamedTuple):
+    """A ``Payload``: where it arrives, how to wait for it, and where it is computed with."""
+
+    tensors: list[Tensor]
+    works: list[Any]
+    device: torch.device
+
+    def wait(self) -> list[Tensor]:
+        for work in self.works:
+            work.wait()
+        return [tensor.to(self.device, non_blocking=True) for tensor in self.tensors]
 
 
 class GroupChannel:
@@ -124,13 +144,11 @@ class GroupChannel:
             return self._inbox.get(block=timeout > 0.0, timeout=timeout or None)
         return None
 
-    def payload(self, direction: Direction, specs: Sequence[TensorSpec]) -> list[Tensor]:
+    def payload(self, direction: Direction, specs: Sequence[TensorSpec]) -> Payload:
         sender, group = self._ring.ranks[self._ring.sender(direction)], self._ring.incoming(direction)
         place = dict(device="cpu", pin_memory=True) if self._staged else dict(device=self._device)
         tensors = [torch.empty(spec.shape, dtype=spec.dtype, **place) for spec in specs]
-        for tensor in tensors:
-            dist.irecv(tensor, sender, group=group).wait()
-        return [tensor.to(self._device, non_blocking=True) for tensor in tensors] if self._staged else tensors
+        return _Receives(tensors, [dist.irecv(tensor, sender, group=group) for tensor in tensors], self._device)
 
     def received(self, direction: Direction, microbatch: int) -> None:
         sent = self._sent[direction]

@@ -76,6 +76,11 @@ class Platform:
         if self.device_type == "cuda":
             torch.cuda.synchronize()
 
+    def synchronize_stream(self) -> None:
+        """Waits for the work queued in the current stream, and not for transfers beside it."""
+        if self.device_type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
 
 @functools.lru_cache(maxsize=1)
 def current_platform() -> Platform:

@@ -8,7 +8,7 @@ from typing import Any, Callable, NoReturn, Optional, Protocol
 
 from torch import Tensor
 
-from megatron_implicit.comm.channel import Arrival, Channel, Header, TensorSpec
+from megatron_implicit.comm.channel import Arrival, Channel, Header, Payload, TensorSpec
 from megatron_implicit.comm.ring import Direction
 from megatron_implicit.device import current_platform
 from megatron_implicit.errors import NonFiniteIterateError
@@ -60,7 +60,7 @@ class Driver:
         self._logic, self._compute, self._channel, self._leader = logic, compute, channel, leader
         self._plan, self._stage, self._ranks, self._timeout_s = logic.plan, logic.stage, ranks, timeout_s
         self._recorder, self._alive = recorder, alive
-        self._payloads: dict[Message, list[Tensor]] = {}
+        self._payloads: dict[Message, Payload] = {}
         self._sent: dict[Direction, int] = defaultdict(int)
         self._arrived: dict[Direction, int] = defaultdict(int)
         self._latest: Optional[Message] = None  # for messages: the last task, or what arrived for the next
@@ -109,17 +109,34 @@ class Driver:
         self._alive(str(task))
         start = time.perf_counter()
         self._logic.begin(task)
-        if self._logic.is_first and self._plan.admits(task):
-            self._payloads[task] = self._compute.admit(task.microbatch)
-            self._settle_before(task.microbatch)
         compute = self._compute.forward if task.kind.forwards else self._compute.backward
-        outcome = compute(task, self._payloads.pop(task, []))
+        outcome = compute(task, self._inputs(task))
         send = self._logic.complete(task, outcome.step)
+        if self._recorder is not None:
+            current_platform().synchronize_stream()  # so that the times are those of the device; a send may wait for its peer
+            self._recorder.record(TaskRecord(self._stage, *task, start, time.perf_counter()))
         if send is not None:
             self._send(send, outcome.tensors)
-        if self._recorder is not None:
-            current_platform().synchronize()  # so that the times are those of the device
-            self._recorder.record(TaskRecord(self._stage, *task, start, time.perf_counter()))
+
+    def _inputs(self, task: Message) -> list[Tensor]:
+        """What a task computes with.
+
+        A GPU waits for transfers in the order in which it is told to, and the ranks of a stage may see messages arrive in
+        different orders. They are waited for here and not on arrival, so that this order is that of the tasks, which is
+        the same on all of them: otherwise each of two ranks may wait for what the other will only send after a task with
+        a collective that both must have come to.
+        """
+        tensors: list[Tensor] = []
+        payload = self._payloads.pop(task, None)
+        if payload is not None:
+            with timed_as("communication"):
+                tensors = payload.wait()
+            self._channel.received(_direction(task), task.microbatch)  # what was sent before this came round has arrived
+        elif self._logic.is_first and self._plan.admits(task):
+            tensors = self._compute.admit(task.microbatch)
+        if self._plan.admits(task):
+            self._settle_before(task.microbatch)
+        return tensors
 
     # ---------------------------------------------------------------- messages
 
@@ -147,7 +164,7 @@ class Driver:
         self._take(arrival)
 
     def _take(self, arrival: Arrival) -> None:
-        """Receives a message and its payload, at once and in the order of headers."""
+        """Receives a message, and begins to receive its payload, at once and in the order of headers."""
         direction, header, error = arrival
         sender = direction.sender(self._stage, self._plan.stages)
         if header is None:
@@ -156,12 +173,8 @@ class Driver:
             raise Farewell.of(header)
         message = self._check(direction, header, sender)
         self._logic.receive(message)
-        with timed_as("communication"):
-            self._payloads[message] = self._channel.payload(direction, self._specs(message, self._stage))
+        self._payloads[message] = self._channel.payload(direction, self._specs(message, self._stage))
         self._latest = message
-        self._channel.received(direction, message.microbatch)  # what was sent before this came round has arrived
-        if self._plan.admits(message):
-            self._settle_before(message.microbatch)
 
     def _check(self, direction: Direction, header: Header, sender: int) -> Message:
         expected = self._arrived[direction]

@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from typing import Optional, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 from torch import Tensor
 
@@ -55,6 +55,15 @@ class Rendezvous:
         return RendezvousChannel(self, stage, random.Random(seed * 31 + stage), **options)
 
 
+class Received(NamedTuple):
+    """A payload that is there."""
+
+    tensors: list[Tensor]
+
+    def wait(self) -> list[Tensor]:
+        return self.tensors
+
+
 class RendezvousChannel:
     """``Channel`` of one thread."""
 
@@ -86,9 +95,9 @@ class RendezvousChannel:
         except queue.Empty:
             return None
 
-    def payload(self, direction: Direction, specs: Sequence[TensorSpec]) -> list[Tensor]:
+    def payload(self, direction: Direction, specs: Sequence[TensorSpec]) -> "Received":
         link = self._ring.links[direction, direction.sender(self._stage, self._ring.stages)]
-        return [link.take(spec, self._timeout) for spec in specs]
+        return Received([link.take(spec, self._timeout) for spec in specs])
 
     def received(self, direction: Direction, microbatch: int) -> None:
         sent = self._sent[direction]
