@@ -9,13 +9,17 @@ import datetime
 import enum
 import os
 from dataclasses import dataclass
-from typing import Optional, Sequence
+from typing import Mapping, Optional, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_implicit.device import current_platform
 from megatron_implicit.errors import LaunchError
+
+
+FEWEST_QUEUES = 8
+"""Streams that wait for others at the same time: computation, four links, and collectives of tensor and data ranks."""
 
 
 class Direction(enum.IntEnum):
@@ -83,11 +87,8 @@ class Ring:
         """
         staged = dist.get_backend(self.outgoing(Direction.FORWARD)) == "gloo"
         device = torch.device("cpu") if staged else device
-        if device.type != "cpu" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-            raise LaunchError(
-                "CUDA_DEVICE_MAX_CONNECTIONS=1 holds computation up behind transfers between pipeline stages, until "
-                "they hang: set it to 8, or parallel.pipeline_transport=host"
-            )
+        if device.type != "cpu":
+            refuse_few_queues(dict(os.environ))
         for direction in Direction:
             for sender in range(self.stages):
                 token = torch.zeros(1, device=device)
@@ -97,6 +98,21 @@ class Ring:
                     dist.recv(token, self.ranks[sender], group=self.incoming(direction))
         if device.type != "cpu":
             current_platform().synchronize()
+
+
+def refuse_few_queues(environment: Mapping[str, str]) -> None:
+    """Refuses settings under which a GPU would put computation behind a transfer in the same hardware queue.
+
+    Raises:
+        LaunchError: naming the variable.
+    """
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "GPU_MAX_HW_QUEUES"):  # the latter: ROCm's
+        value = environment.get(name, "")
+        if value.isdigit() and int(value) < FEWEST_QUEUES:
+            raise LaunchError(
+                f"{name}={value} holds computation up behind transfers between pipeline stages, until they hang: set it "
+                f"to {FEWEST_QUEUES} or more, or parallel.pipeline_transport=host"
+            )
 
 
 def make_ring(
