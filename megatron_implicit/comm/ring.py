@@ -110,8 +110,8 @@ def refuse_few_queues(environment: Mapping[str, str]) -> None:
         value = environment.get(name, "")
         if value.isdigit() and int(value) < FEWEST_QUEUES:
             raise LaunchError(
-                f"{name}={value} holds computation up behind transfers between pipeline stages, until they hang: set it "
-                f"to {FEWEST_QUEUES} or more, or parallel.pipeline_transport=host"
+                f"{name}={value} holds computation up behind transfers between pipeline stages, until they hang: "
+                f"set it to {FEWEST_QUEUES} or more, or parallel.pipeline_transport=host"
             )
 
 

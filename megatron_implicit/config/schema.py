@@ -325,8 +325,8 @@ class DebugConfig:
     """Faults for tests."""
 
     inject: Optional[str] = None
-    """Fault for tests, 'KIND@STEP' or 'KIND@STEP:RANK', KIND one of nonfinite_iterate, nan_gradient, gradient_spike,
-    loss_spike, diverging_solve, desync, hang, slow, crash. Off by default."""
+    """Fault for tests, 'KIND@STEP' or 'KIND@STEP:RANK', KIND one of nonfinite_iterate, nonfinite_solve, nan_gradient,
+    gradient_spike, loss_spike, diverging_solve, desync, hang, slow, crash. Off by default."""
 
 
 @dataclass

@@ -349,13 +349,14 @@ def _validate_debug(config: Config) -> None:
     if config.debug.inject is not None:
         kind, _, _ = parse_fault(config.debug.inject)
         _require(
-            config.implicit or kind not in ("nonfinite_iterate", "diverging_solve"),
+            config.implicit or kind not in ("nonfinite_iterate", "nonfinite_solve", "diverging_solve"),
             f"debug.inject={config.debug.inject} needs an implicit model: {config.model.family} has no solve",
         )
 
 
 FAULTS = (
-    "nonfinite_iterate", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync", "hang", "slow", "crash",
+    "nonfinite_iterate", "nonfinite_solve", "nan_gradient", "gradient_spike", "loss_spike", "diverging_solve", "desync",
+    "hang", "slow", "crash",
 )  # fmt: skip
 """Kinds of ``debug.inject``."""
 

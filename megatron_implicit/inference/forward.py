@@ -8,6 +8,7 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor, nn
 
+from megatron_implicit.errors import NonFiniteIterateError
 from megatron_implicit.inference.session import SIMULTANEOUS, InferenceSession, SolveMode
 from megatron_implicit.models.decoder import FixedPointDecoder
 from megatron_implicit.models.language import rotary_angles
@@ -40,16 +41,18 @@ def evaluate(
     Raises:
         NonFiniteIterateError: the iteration diverged.
     """
-    if mode != SIMULTANEOUS:
-        session = InferenceSession(model, *input_ids.shape)
-        solved = session.advance(input_ids, lengths, mode)
-        return _output(model, solved.hidden, solved.trace)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training and mode == SIMULTANEOUS):
+        if mode != SIMULTANEOUS:
+            session = InferenceSession(model, *input_ids.shape)
+            solved = session.advance(input_ids, lengths, mode)
+            return _output(model, solved.hidden, solved.trace)
         embedding = model.embedding(input_ids, None)
         angles = rotary_angles(model, input_ids.shape[1])
         if lengths is None:
-            z = model.decoder(embedding, rotary_pos_emb=angles)
-            return _output(model, z, model.decoder.trace)
+            z, trace = model.decoder(embedding, rotary_pos_emb=angles), model.decoder.trace
+            if trace.broken_at is not None and trace.broken_at.any():  # in training mode the solve only records it
+                raise NonFiniteIterateError.of(trace.broken_at)
+            return _output(model, z, trace)
         return _output(model, *_solve_padded(model, embedding, angles, lengths))
 
 

@@ -147,7 +147,7 @@ class FixedPointDecoder(StackDecoder):
         """e [s or s/t, b, h] -> z of the same shape, float32. Not on a stage, which has only a part of F.
 
         Raises:
-            NonFiniteIterateError: the iteration diverged.
+            NonFiniteIterateError: the iteration diverged, in eval mode; in training mode the trace tells.
         """
         if self.stage.count > 1:
             raise RuntimeError("a pipeline stage holds a slice of F: the recirculating schedule evaluates it")

@@ -113,7 +113,7 @@ class Driver:
         outcome = compute(task, self._inputs(task))
         send = self._logic.complete(task, outcome.step)
         if self._recorder is not None:
-            current_platform().synchronize_stream()  # so that the times are those of the device; a send may wait for its peer
+            current_platform().synchronize_stream()  # for the device's times, and before a send, which may wait for its peer
             self._recorder.record(TaskRecord(self._stage, *task, start, time.perf_counter()))
         if send is not None:
             self._send(send, outcome.tensors)
@@ -121,10 +121,10 @@ class Driver:
     def _inputs(self, task: Message) -> list[Tensor]:
         """What a task computes with.
 
-        A GPU waits for transfers in the order in which it is told to, and the ranks of a stage may see messages arrive in
-        different orders. They are waited for here and not on arrival, so that this order is that of the tasks, which is
-        the same on all of them: otherwise each of two ranks may wait for what the other will only send after a task with
-        a collective that both must have come to.
+        A GPU waits for transfers in the order in which it is told to, and the ranks of a stage may see messages arrive
+        in different orders. They are waited for here and not on arrival, so that this order is that of the tasks, which
+        is the same on all of them: otherwise each of two ranks may wait for what another stage sends only after a task
+        with a collective that both must have come to.
         """
         tensors: list[Tensor] = []
         payload = self._payloads.pop(task, None)

@@ -99,8 +99,8 @@ class FixedPointSolve:
         """Takes F(z) of the last decision's z and decides.
 
         Raises:
-            NonFiniteIterateError: a residual is NaN or infinite. Where the number of evaluations is fixed the device is
-                not waited for, and ``trace().broken_at`` tells instead; it always does for passes with gradient.
+            NonFiniteIterateError: a residual is NaN or infinite, in inference. In training ``trace().broken_at`` tells,
+                and the solve ends early where the device is waited for.
         """
         if self._step is Step.PHANTOM:
             return self._update_with_gradient(image)
@@ -171,7 +171,7 @@ class FixedPointSolve:
         self._accept(image, residual, improved, answers.all_improved)
         self._advance(image, answers.all_active)
         if answers.broken:
-            self._raise_non_finite()
+            return self._leave_broken()
         return self._decide(answers)
 
     def _ask(self, improved: Tensor) -> Answers:
@@ -240,5 +240,8 @@ class FixedPointSolve:
         self._z, self._step = z, Step.DONE
         return Decision(Step.DONE, z)
 
-    def _raise_non_finite(self) -> None:
+    def _leave_broken(self) -> Decision:
+        """A training step is completed, so that all ranks and stages come to its end and judge it there together."""
+        if self.settings.accept == "best":
+            return self._leave_solve()
         raise NonFiniteIterateError.of(self._broken_at)

@@ -47,6 +47,13 @@ def test_a_nan_gradient_on_one_rank_is_skipped_by_all(runs: Runs, pool: Any) -> 
     assert_healthy(runs, "nan_gradient", [BAD])
 
 
+def test_an_iterate_that_is_not_finite_on_one_rank_is_skipped_by_all(runs: Runs, pool: Any) -> None:
+    assert start(runs, pool, "nonfinite", "--debug.inject", f"nonfinite_solve@{BAD}:1") == ["", ""]
+    ((kind, message),) = found(runs, "nonfinite")
+    assert kind == "nonfinite" and "evaluation 1: the fixed-point iterate" in message and message.endswith(": skip")
+    assert_healthy(runs, "nonfinite", [BAD])
+
+
 def test_a_loss_spike_is_skipped(runs: Runs, pool: Any) -> None:
     assert start(runs, pool, "spike", "--debug.inject", f"loss_spike@{BAD}", "--health.loss_spike", "skip") == ["", ""]
     ((kind, message),) = found(runs, "spike")

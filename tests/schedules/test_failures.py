@@ -33,7 +33,8 @@ def problem(**changes: Any) -> Problem:
 
 
 def test_a_non_finite_iterate_ends_all_stages_with_its_place() -> None:
-    errors = thread_errors(problem(broken=2))
+    settings = dataclasses.replace(problem().settings, accept="last")  # as an inference solve, which has no policy
+    errors = thread_errors(dataclasses.replace(problem(broken=2), settings=settings))
     judge = errors.pop(2)
     assert isinstance(judge, NonFiniteIterateError)
     assert "pipeline stage 2 (rank 2), microbatch 2, evaluation 1" in str(judge)

@@ -199,8 +199,23 @@ def test_an_iterate_that_is_not_finite_is_named(tolerance: float) -> None:
         return image
 
     with pytest.raises(NonFiniteIterateError, match="evaluation 3: the fixed-point iterate of sample 1") as caught:
-        solve(replace(TRAINING, tolerance=tolerance, max_iterations=6), function)
+        solve(replace(TRAINING, accept="last", tolerance=tolerance, max_iterations=6), function)
     assert "step 7, microbatch 2, evaluation 3" in str(caught.value.at(7, 2))
+
+
+def test_a_training_solve_whose_iterate_is_not_finite_goes_on_to_its_passes_with_gradient() -> None:
+    steps = []
+
+    def function(z: Tensor, step: Step) -> Tensor:
+        steps.append(step)
+        image = torch.ones_like(z)
+        if len(steps) == 3:
+            image[2, 1] = float("inf")
+        return image
+
+    z, trace = solve(replace(TRAINING, tolerance=1e-9, max_iterations=6, damping=0.5), function)
+    assert steps == [Step.SOLVE] * 3 + [Step.PHANTOM] * TRAINING.phantom_steps and z.isfinite().all()
+    assert trace.broken_at.tolist() == [0, 3, 0]
 
 
 def test_a_pass_with_gradient_that_is_not_finite_is_in_the_trace() -> None:

@@ -27,6 +27,7 @@ class Faults(Callback):
 
     ======================  ==========================================================================================
     nonfinite_iterate       the injection's first weight becomes NaN, and stays so
+    nonfinite_solve         the injection is NaN while the step computes
     nan_gradient            a gradient becomes NaN after the backward pass
     gradient_spike          all gradients become a thousand times as large
     loss_spike              the embedding has the wrong sign and scale while the step computes
@@ -59,6 +60,8 @@ class Faults(Callback):
         with torch.no_grad():
             if self._kind == "nonfinite_iterate":
                 next(model.decoder.injection.parameters()).fill_(float("nan"))
+            elif self._kind == "nonfinite_solve":
+                self._disturb(model, "injection", float("nan"))
             elif self._kind == "desync":
                 model.decoder.map.final_norm.weight[0] *= 1.001
             elif self._kind == "loss_spike":
