@@ -113,7 +113,7 @@ class Driver:
         outcome = compute(task, self._inputs(task))
         send = self._logic.complete(task, outcome.step)
         if self._recorder is not None:
-            current_platform().synchronize_stream()  # for the device's times, and before a send, which may wait for its peer
+            current_platform().synchronize_stream()  # for the device's times; a send may wait for its peer
             self._recorder.record(TaskRecord(self._stage, *task, start, time.perf_counter()))
         if send is not None:
             self._send(send, outcome.tensors)
@@ -131,7 +131,7 @@ class Driver:
         if payload is not None:
             with timed_as("communication"):
                 tensors = payload.wait()
-            self._channel.received(_direction(task), task.microbatch)  # what was sent before this came round has arrived
+            self._channel.received(_direction(task), task.microbatch)  # what was sent before it came round
         elif self._logic.is_first and self._plan.admits(task):
             tensors = self._compute.admit(task.microbatch)
         if self._plan.admits(task):

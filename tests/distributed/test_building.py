@@ -1,4 +1,4 @@
-"""A model is built on the host and moved to its device afterwards: no collective of the building may need a tensor there."""
+"""A model is built on the host and moved to its device afterwards: building needs no collective on the host."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """GPUs never wait for each other in a circle, whatever the order in which their hosts see messages arrive.
 
-The real driver runs in a thread for every rank of a pipeline with two tensor ranks a stage. A "GPU" is what each piece of
-work that a host gives it waits for: the piece before it in its stream; a transfer of NCCL for both ends' streams as they
-were when it was posted, and for the transfer before it on its link; a task for the other tensor rank, since every task
-has a collective of the two. If that graph has a circle, GPUs of some speed would stand still for ever.
+The real driver runs in a thread for every rank of a pipeline with two tensor ranks a stage. A "GPU" is what each piece
+of work that a host gives it waits for: the piece before it in its stream; a transfer of NCCL for both ends' streams as
+they were when it was posted, and for the transfer before it on its link; a task for the other tensor rank, since every
+task has a collective of the two. If that graph has a circle, GPUs of some speed would stand still for ever.
 """
 
 from __future__ import annotations
