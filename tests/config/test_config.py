@@ -120,6 +120,23 @@ def test_impossible_values_are_refused_in_one_line(arguments: list[str], message
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"), (b"garbage", "it is no mapping"), (b"train: [1]", "train is no mapping"),
+        (b"model:", "model is no mapping"), (b"curriculum: [1]", "curriculum is no list of mappings"),
+        (b"train: {steps: ", "not YAML"), (b"\xff\xfe", "not YAML"),
+    ],
+)  # fmt: skip
+def test_a_file_without_the_shape_of_a_configuration_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(content)
+    for arguments, base in ((["--config", str(path)], None), ([], path)):
+        with pytest.raises(ConfigError, match=f"own.yaml .*{reason}.*launch/configs/") as caught:
+            load_config(arguments, base=base)
+        assert "\n" not in str(caught.value)
+
+
 def test_the_world_must_hold_whole_replicas_and_whole_batches() -> None:
     config = load_config([*TINY, "--parallel.tensor", "2"])
     validate_world(config, 2)
