@@ -29,7 +29,11 @@ STATE_STYLES = {"running": "green", "finished": "blue", "stalled": "bold red", "
 
 
 def watch(run_dir: Path, every_s: float, *, once: bool = False, console: Optional[Console] = None) -> None:
-    """Shows a run until it has ended, or Ctrl-C; ``once`` prints its present state."""
+    """Shows a run until it has ended, or Ctrl-C; ``once`` prints its present state.
+
+    Raises:
+        ConfigError: the run's config.yaml is damaged.
+    """
     console = console or Console()
     view = TerminalView(run_dir)
     if once:
@@ -55,6 +59,8 @@ class TerminalView:
     def render(self, width: int) -> Group:
         """The present state, for a terminal of so many columns."""
         self._history.refresh()
+        if self._history.damage:
+            raise self._history.damage
         self._ranks.refresh()
         summary = self._history.summary()
         self.state = summary["state"]

@@ -17,6 +17,8 @@ from tests.tools.conftest import REPOSITORY, Workplace
 
 def test_up_serves_the_page_from_files_alone(work: Workplace) -> None:
     SimulatedRun(work.folder / "runs" / "alpha", steps=20).write()
+    SimulatedRun(work.folder / "runs" / "damaged", steps=20).write()
+    (work.folder / "runs" / "damaged" / "config.yaml").write_text("")
     command = [sys.executable, str(REPOSITORY / "tools/dashboard.py"), "up", "--port", "0", "--no-prometheus"]
     process = subprocess.Popen(
         command, cwd=work.folder, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -24,8 +26,9 @@ def test_up_serves_the_page_from_files_alone(work: Workplace) -> None:
     url = process.stdout.readline().split()[1]
     assert "none, the page reads the files of the runs" in process.stdout.readline()
     assert b"megatron_implicit" in urllib.request.urlopen(url).read()
-    (run,) = json.load(urllib.request.urlopen(f"{url}api/overview"))["runs"]
-    assert (run["id"], run["step"], run["state"]) == ("alpha", 20, "running")
+    runs = {run["id"]: run for run in json.load(urllib.request.urlopen(f"{url}api/overview"))["runs"]}
+    assert (runs["alpha"]["step"], runs["alpha"]["state"]) == (20, "running")
+    assert runs["damaged"]["state"] == "unreadable" and "damaged/config.yaml" in runs["damaged"]["reason"]
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
 
@@ -63,3 +66,6 @@ def test_what_is_missing_is_named(work: Workplace, tmp_path: Path) -> None:
     work.fails("--prometheus nope is no program", "dashboard", "up", "--prometheus", "nope")
     SimulatedRun(tmp_path / "alpha", steps=0).write()
     work.fails("holds no step yet", "dashboard", "report", "alpha")
+    (tmp_path / "alpha" / "config.yaml").write_text("garbage")
+    for command in (("watch", "alpha", "--once"), ("watch", "alpha"), ("report", "alpha")):
+        work.fails("alpha/config.yaml cannot be read (it is no mapping)", "dashboard", *command, code=2)
