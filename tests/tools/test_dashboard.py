@@ -10,7 +10,10 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from megatron_implicit.telemetry.catalogue import RANK_METRICS, RUN_METRICS
+from megatron_implicit.telemetry.metrics_file import read_metrics
 from tests.telemetry.simulation import SimulatedRun
 from tests.tools.conftest import REPOSITORY, Workplace
 
@@ -38,6 +41,21 @@ def test_watch_shows_curves_ranks_and_events(work: Workplace) -> None:
     shown = work.run("dashboard", "watch", "alpha", "--once").stdout
     for words in ("running", "step 60 of 1,000", "evaluations", "█", "slowest of 6 ranks", "new run in alpha"):
         assert words in shown, shown
+
+
+@pytest.mark.parametrize("columns", ["80", "160"])
+def test_what_watch_says_does_not_hang_on_the_width_of_the_terminal(
+    work: Workplace, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    run = SimulatedRun(work.folder / "alpha", ranks=6, steps=60)
+    run.write()
+    losses = [line["loss"] for line in read_metrics(run.folder / "metrics.jsonl")]
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = work.run("dashboard", "watch", "alpha", "--once").stdout
+    row = next(line.split() for line in shown.splitlines() if line.startswith("loss"))
+    assert [row[1], *row[-2:]] == [f"{value:.4g}" for value in (losses[-1], min(losses), max(losses))]
+    assert all(part in shown.split() for part in ("forward", "solve", "phantom", "backward", "cation")), shown
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= int(columns), shown
 
 
 def test_report_writes_one_file(work: Workplace) -> None:
