@@ -186,7 +186,9 @@ def _one_line(message: str) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """': did you mean ...?' for the known key that looks most alike, by its whole path or its last part."""
+    """': did you mean ...?' for the key that is meant by its initials, or looks most alike by its whole path or last part."""
+    if meant := _by_initials(key):
+        return f": did you mean '{meant}'?"
     names = {known: known for known in _known_keys()}
     names |= {known.rsplit(".", 1)[-1]: known for known in _known_keys()}
     names |= {
@@ -194,6 +196,19 @@ def _suggestion(key: str) -> str:
     }
     near = difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
     return f": did you mean '{names[near[0]]}'?" if near else "; --help lists the keys"
+
+
+def _by_initials(key: str) -> str | None:
+    """The known key that 'lr' or 'optim.lr' stands for, if possible of the same section."""
+    section, _, short = key.rpartition(".")
+    keys = [known for known in _known_keys() if _initials(known) == short]
+    if len(short) < 2 or not keys:
+        return None
+    return next((known for known in keys if known.startswith(section)), keys[0])
+
+
+def _initials(key: str) -> str:
+    return "".join(word[0] for word in key.rsplit(".", 1)[-1].split("_"))
 
 
 def _expectation(text: str) -> str:

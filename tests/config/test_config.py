@@ -60,6 +60,10 @@ def test_dictionaries_round_trip() -> None:
 LLAMA = ["--config", str(PRESETS / "implicit_llama_tiny.yaml")]
 REFUSED = [
     (["--parallel.tensr", "2"], "unknown configuration key 'parallel.tensr': did you mean 'parallel.tensor'"),
+    (["--optimizer.lr", "0.5"], "unknown configuration key 'optimizer.lr': did you mean 'optimizer.learning_rate'"),
+    (["--optim.lr", "fast"], "unknown configuration key 'optim.lr': did you mean 'optimizer.learning_rate'"),
+    (["--gbs", "8"], "unknown configuration key 'gbs': did you mean 'train.global_batch_size'"),
+    (["--optimizer.wd", "0"], "unknown configuration key 'optimizer.wd': did you mean 'optimizer.weight_decay'"),
     (["--train.steps", "x"], "train.steps=x is not valid: expected an integer"),
     (["--model.family", "gpt"], "model.family=gpt is not valid: expected one of implicit_mamba2"),
     (["--parallel.sequence", "true"], "parallel.sequence=true needs parallel.tensor > 1"),
