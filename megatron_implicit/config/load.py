@@ -186,7 +186,7 @@ def _one_line(message: str) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """': did you mean ...?' for the key that is meant by its initials, or looks most alike by its whole path or last part."""
+    """': did you mean ...?' for the key that has these initials, or looks most alike by its whole path or last part."""
     if meant := _by_initials(key):
         return f": did you mean '{meant}'?"
     names = {known: known for known in _known_keys()}

@@ -51,7 +51,8 @@ def _page(title: str, answers: dict) -> str:
     page = (ASSETS / "index.html").read_text(encoding="utf-8")
     for name in STYLES:
         page = page.replace(f'<link rel="stylesheet" href="{name}">', f"<style>\n{_asset(name)}</style>")
-    data = orjson.dumps(answers, option=orjson.OPT_NON_STR_KEYS).decode().replace("</", "<\\/")  # a "</script>" in a message must not end the script
+    data = orjson.dumps(answers, option=orjson.OPT_NON_STR_KEYS).decode()
+    data = data.replace("</", "<\\/")  # a "</script>" in a message must not end the script
     for name in SCRIPTS:
         page = page.replace(f'<script src="{name}"></script>', f"<script>\n{_asset(name)}</script>")
     page = page.replace("<script>", f"<script>window.EMBEDDED = {data};</script>\n  <script>", 1)

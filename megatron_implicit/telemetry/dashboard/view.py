@@ -103,7 +103,7 @@ def _remote_row(row: dict[str, Any]) -> dict[str, Any]:
         "validation_loss", "memory_bytes",
     )  # fmt: skip
     return {
-        "id": REMOTE + row["name"], "name": row["name"], "dir": "", "state": "running", "reason": None, "family": "", "size": "",
-        "steps": 0, "eta_s": None, "device_hours": None, "ranks": None, "time": row.get("last_step_time"),
+        "id": REMOTE + row["name"], "name": row["name"], "dir": "", "state": "running", "reason": None, "family": "",
+        "size": "", "steps": 0, "eta_s": None, "device_hours": None, "ranks": None, "time": row.get("last_step_time"),
         **{name: row.get(name) for name in fields},
     }  # fmt: skip
