@@ -18,11 +18,11 @@ from typing import Any, Callable, Optional, Sequence
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import yaml  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from megatron_implicit import exits  # noqa: E402
+from megatron_implicit.config import config_from_dict, read_config_file  # noqa: E402
 from megatron_implicit.data.shipped import CORPUS, VOCABULARY  # noqa: E402
 from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 from megatron_implicit.telemetry.metrics_file import read_metrics  # noqa: E402
@@ -130,7 +130,7 @@ class Quickstart:
         config = self.places.run / "config.yaml"
         if self.overrides or not (self.places.latest.is_file() and config.is_file()):
             return False
-        steps = yaml.safe_load(config.read_text(encoding="utf-8"))["train"]["steps"]
+        steps = config_from_dict(read_config_file(config)).train.steps
         return self.places.latest.read_text(encoding="utf-8").strip() == f"step_{steps:08d}"
 
     def _make_tokenizer(self) -> None:

@@ -1,4 +1,4 @@
-"""What the commands in ``tools/`` share: one-line errors, exit codes, progress bars."""
+"""What the commands in ``tools/`` share: one-line errors, exit codes, the check of an output file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_implicit import exits
-from megatron_implicit.errors import MegatronImplicitError
+from megatron_implicit.errors import ConfigError, MegatronImplicitError
 
 PATIENCE_S = 10.0
 """What another rank of a job waits before it reports an error: where all ranks have it, the launcher ends it meanwhile."""
@@ -48,6 +49,23 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         code = _complain("interrupted", exits.INTERRUPTED)
     sys.exit(code)
+
+
+def check_output_file(option: str, file: str | None) -> None:
+    """Refuses a file that could not be written in the end, before the work begins.
+
+    Raises:
+        ConfigError: names option and file.
+    """
+    if file is None:
+        return
+    path = Path(file)
+    if path.is_dir():
+        raise ConfigError(f"{option} {file} is a folder: give a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{option} {file}: there is no folder {path.parent}; make it, or give another file")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option} {file} cannot be written: give a file where you may write")
 
 
 def _complain(message: str, code: int) -> int:

@@ -6,7 +6,7 @@ import argparse
 
 import _bootstrap  # noqa: F401
 
-from megatron_implicit.cli import CommandParser, run_command
+from megatron_implicit.cli import CommandParser, check_output_file, run_command
 
 DESCRIPTION = """Go on from prompts with a trained model: a run's folder, a checkpoint, or a reference model folder.
 
@@ -22,6 +22,7 @@ it would get alone. An empty prompt begins a new text.
 def main() -> int:
     """Generates for all prompts."""
     arguments = _parser().parse_args()
+    check_output_file("--json", arguments.json)
 
     from megatron_implicit.api import load_pretrained
     from megatron_implicit.comm.groups import stop_process_group

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-import yaml
-
-from megatron_implicit.config import Config, load_config
+from megatron_implicit.config import Config, config_from_dict, load_config, read_config_file
 from megatron_implicit.errors import CheckpointError, ConfigError
 
 PRESETS = Path("launch/configs")
@@ -138,7 +136,7 @@ class Branch:
         from megatron_implicit.checkpoint.layout import CONFIG_FILE, CheckpointFolder  # with torch: only if need be
 
         folder = CheckpointFolder(self.parent / "checkpoints")
-        steps = yaml.safe_load((self.parent / CONFIG_FILE).read_text(encoding="utf-8"))["train"]["steps"]
+        steps = config_from_dict(read_config_file(self.parent / CONFIG_FILE)).train.steps
         there = folder.steps()
         before = [step for step in there if step <= self.fraction * steps]
         if not before:

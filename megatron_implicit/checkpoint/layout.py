@@ -15,9 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any, Callable
 
-import yaml
-
-from megatron_implicit.config import Config, config_from_dict
+from megatron_implicit.config import Config, config_from_dict, read_config_file
 from megatron_implicit.errors import CheckpointError, ConfigError
 
 _STEP = re.compile(r"^step_(\d{8,})$")
@@ -146,13 +144,15 @@ def read_checkpoint_config(step_folder: Path) -> Config:
     Raises:
         CheckpointError: it is missing or unreadable.
     """
+    path, remedy = step_folder / CONFIG_FILE, "take another checkpoint"
     try:
-        return config_from_dict(yaml.safe_load((step_folder / CONFIG_FILE).read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ConfigError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{step_folder / CONFIG_FILE} cannot be read ({reason}): take another checkpoint"
-        ) from None
+        values = read_config_file(path, remedy)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    try:
+        return config_from_dict(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{path} cannot be read ({str(error).splitlines()[0]}): {remedy}") from None
 
 
 def read_state(step_folder: Path) -> dict[str, Any]:

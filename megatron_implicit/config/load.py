@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import typing
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, NoReturn, Sequence
 import jsonargparse
 import yaml
 
+from megatron_implicit.config.files import read_config_file
 from megatron_implicit.config.resolve import resolve
 from megatron_implicit.config.schema import Config, PhaseConfig
 from megatron_implicit.config.validate import validate
@@ -58,27 +60,28 @@ def peek_run_dir(arguments: Sequence[str], prog: str | None = None) -> str:
 def _parse(arguments: Sequence[str], prog: str | None, base: str | Path | None) -> Any:
     parser = _build_parser(prog)
     ordered = _file_first(arguments)
-    if base is not None:
+    saved = None if base is None else read_config_file(base)
+    if saved is not None:
         ordered = ["--config", str(base), *ordered]
     parsed = parser.instantiate(parser.parse_args(ordered))
-    if base is not None:
-        saved = yaml.safe_load(Path(base).read_text(encoding="utf-8"))
-        _derive_length_again(parsed.train, saved["train"])
-        _derive_stages_again(parsed.parallel, saved["parallel"])
+    if saved is not None:
+        _derive_length_again(parsed.train, saved.get("train", {}))
+        _derive_stages_again(parsed.parallel, saved.get("parallel", {}))
     return parsed
 
 
 def _derive_length_again(train: Any, saved: dict[str, Any]) -> None:
     """A resolved file has both steps and tokens: where the arguments change one, the other is derived from it."""
-    if train.steps != saved["steps"] and train.tokens == saved["tokens"]:
+    steps, tokens = saved.get("steps"), saved.get("tokens")
+    if train.steps != steps and train.tokens == tokens:
         train.tokens = None
-    elif train.tokens != saved["tokens"] and train.steps == saved["steps"]:
+    elif train.tokens != tokens and train.steps == steps:
         train.steps = None
 
 
 def _derive_stages_again(parallel: Any, saved: dict[str, Any]) -> None:
     """On another number of stages, what was derived from it is derived again, unless the arguments say otherwise."""
-    if parallel.pipeline == saved["pipeline"]:
+    if parallel.pipeline == saved.get("pipeline"):
         return
     for name in ("layers_per_stage", "microbatches_in_flight"):
         if getattr(parallel, name) == saved.get(name):
@@ -109,8 +112,10 @@ def config_to_yaml(config: Config) -> str:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes ``config_to_yaml``."""
-    Path(path).write_text(config_to_yaml(config), encoding="utf-8")
+    """Writes ``config_to_yaml``; whoever reads the file meanwhile finds all of the old one or all of the new one."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(config_to_yaml(config), encoding="utf-8")
+    os.replace(partial, path)
 
 
 JOB_KEYS = (("train", "stop_after_steps"), ("run", "time_limit_minutes"), ("debug", "inject"))
@@ -155,6 +160,7 @@ def _file_first(arguments: Sequence[str]) -> list[str]:
                 raise ConfigError("--config needs a YAML file, for example launch/configs/implicit_mamba2_tiny.yaml")
             if not Path(path).is_file():
                 raise ConfigError(f"--config {path}: no such file; the presets are in launch/configs/")
+            read_config_file(path)  # jsonargparse's own errors do not name the file
             return first + rest[:index] + rest[index + width :]
     return rest
 
@@ -180,7 +186,9 @@ def _one_line(message: str) -> str:
 
 
 def _suggestion(key: str) -> str:
-    """': did you mean ...?' for the known key that looks most alike, by its whole path or its last part."""
+    """': did you mean ...?' for the key that has these initials, or looks most alike by its whole path or last part."""
+    if meant := _by_initials(key):
+        return f": did you mean '{meant}'?"
     names = {known: known for known in _known_keys()}
     names |= {known.rsplit(".", 1)[-1]: known for known in _known_keys()}
     names |= {
@@ -188,6 +196,19 @@ def _suggestion(key: str) -> str:
     }
     near = difflib.get_close_matches(key, list(names), n=1, cutoff=0.5)
     return f": did you mean '{names[near[0]]}'?" if near else "; --help lists the keys"
+
+
+def _by_initials(key: str) -> str | None:
+    """The known key that 'lr' or 'optim.lr' stands for, if possible of the same section."""
+    section, _, short = key.rpartition(".")
+    keys = [known for known in _known_keys() if _initials(known) == short]
+    if len(short) < 2 or not keys:
+        return None
+    return next((known for known in keys if known.startswith(section)), keys[0])
+
+
+def _initials(key: str) -> str:
+    return "".join(word[0] for word in key.rsplit(".", 1)[-1].split("_"))
 
 
 def _expectation(text: str) -> str:

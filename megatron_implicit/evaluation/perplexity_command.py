@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+from megatron_implicit.cli import check_output_file
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of ``tools/evaluate.py perplexity``."""
@@ -25,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, prints a table, and writes the values where asked to."""
+    check_output_file("--json", arguments.json)
+
     from megatron_implicit.api import load_pretrained
     from megatron_implicit.evaluation.perplexity import measure_perplexity
     from megatron_implicit.telemetry.progress import counted_progress

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any, Iterator, Optional
 
 import orjson
-import yaml
+
+from megatron_implicit.config import read_config_file
+from megatron_implicit.errors import ConfigError
 
 STALLED_S, STALLED_STEPS = 120.0, 10
 """A run is stalled when nothing came for this many seconds and for this many times its usual step."""
 RECENT = 20
 """Steps that 'now' is averaged over."""
 NAN = math.nan
+REMEDY = "put the config.yaml of one of the run's checkpoints in its place"
+"""For a run whose configuration is damaged."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ class RunHistory:
         self.run_dir = run_dir
         self.events: list[dict[str, Any]] = []
         self.config: dict[str, Any] = {}
+        """As the run's file has it; empty where there is none, or a damaged one."""
+        self.damage: Optional[ConfigError] = None
+        """What is wrong with that file; names it and the remedy."""
         self._metrics, self._event_lines = LineReader(run_dir / "metrics.jsonl"), LineReader(run_dir / "events.jsonl")
         self._config_time = 0.0
         self._clear()
@@ -99,7 +106,7 @@ class RunHistory:
     @property
     def name(self) -> str:
         """The run's, or its folder's."""
-        return (self.config.get("run") or {}).get("name") or self.run_dir.name
+        return str((self.config.get("run") or {}).get("name") or self.run_dir.name)
 
     @property
     def last(self) -> dict[str, Any]:
@@ -109,12 +116,12 @@ class RunHistory:
     def refresh(self) -> None:
         """Reads what was appended."""
         self._refresh_config()
-        self.events += self._event_lines.new()[1]
+        self.events += filter(_is_event, self._event_lines.new()[1])
         anew, lines = self._metrics.new()
         if anew:
             self._clear()
         for line in lines:
-            if isinstance(line.get("step"), int) and isinstance(line.get("time"), float):
+            if _is_step(line):
                 self._take(line)
 
     def column(self, key: str) -> array[float]:
@@ -160,7 +167,9 @@ class RunHistory:
         return result
 
     def state(self, now: Optional[float] = None) -> str:
-        """'running', 'stalled', 'finished', 'stopped', 'failed' or 'waiting' (nothing of it yet)."""
+        """'running', 'stalled', 'finished', 'stopped', 'failed', 'waiting' (nothing of it yet) or 'unreadable'."""
+        if self.damage:
+            return "unreadable"
         now = time.time() if now is None else now
         last_time = self.last.get("time", 0.0)
         for event in reversed(self.events):
@@ -183,6 +192,7 @@ class RunHistory:
             "name": self.name,
             "dir": str(self.run_dir),
             "state": state,
+            "reason": str(self.damage) if self.damage else None,
             "family": (self.config.get("model") or {}).get("family", ""),
             "size": (self.config.get("model") or {}).get("size", ""),
             "phase": last.get("phase"),
@@ -213,11 +223,15 @@ class RunHistory:
         path = self.run_dir / "config.yaml"
         try:
             changed = path.stat().st_mtime
-            if changed != self._config_time:
-                self.config = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-                self._config_time = changed
-        except (OSError, yaml.YAMLError):
-            self.config = self.config or {}
+        except OSError:  # none yet, or its folder has gone
+            self.damage = None
+            return
+        if changed == self._config_time:
+            return
+        try:
+            self.config, self.damage, self._config_time = _read_config(path), None, changed
+        except ConfigError as error:
+            self.config, self.damage, self._config_time = {}, error, 0.0
 
     def _take(self, line: dict[str, Any]) -> None:
         self._take_attempt(line)
@@ -266,7 +280,7 @@ class RunHistory:
         done = self.last.get("step", 0) / ((self.config.get("train") or {}).get("steps") or 1)
         if evaluations is None or len(phases) < 2 or done >= 1:
             return 1.0
-        ends = [phase["start"] for phase in phases[1:]] + [1.0]
+        ends = [phase.get("start") or 0.0 for phase in phases[1:]] + [1.0]
         now = next((phase for phase, end in zip(phases, ends) if done < end), phases[-1])
 
         def passes(phase: dict[str, Any]) -> float:
@@ -274,7 +288,7 @@ class RunHistory:
             made = evaluations if phase is now else most
             return made + 3 * _or(phase.get("phantom_steps"), solver.get("phantom_steps", 1))
 
-        ahead = [(phase, end - max(done, phase["start"])) for phase, end in zip(phases, ends) if end > done]
+        ahead = [(phase, end - max(done, phase.get("start") or 0.0)) for phase, end in zip(phases, ends) if end > done]
         return sum(passes(phase) * share for phase, share in ahead) / (1 - done) / passes(now)
 
 
@@ -284,6 +298,33 @@ _SHOWN = (
     "loss", "grad_norm", "learning_rate", "tokens_per_s", "model_flops_per_s", "mfu", "step_time_s", "evaluations_mean",
     "evaluations_p99", "residual_mean", "unconverged_fraction", "memory_bytes",
 )  # fmt: skip
+
+
+_NUMBERS = ("start", "steps", "max_iterations", "phantom_steps")
+"""Keys of a configuration that are calculated with here."""
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_config_file(path, REMEDY)
+    for section in (config.get("train", {}), config.get("solver", {}), *config.get("curriculum", [])):
+        for key in _NUMBERS:
+            if not isinstance(section.get(key), (int, float, type(None))):
+                raise ConfigError(f"{path} cannot be read ({key}={section[key]} is no number): {REMEDY}")
+    return config
+
+
+def _is_step(line: dict[str, Any]) -> bool:
+    counts = (line.get("attempt"), line.get("ranks"))
+    return (
+        isinstance(line.get("step"), int)
+        and isinstance(line.get("time"), float)
+        and all(isinstance(value, (int, type(None))) for value in counts)
+    )
+
+
+def _is_event(line: dict[str, Any]) -> bool:
+    kinds = {"time": (int, float), "step": int, "kind": str, "message": str}
+    return all(isinstance(line.get(key), kind) for key, kind in kinds.items())
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 import numpy as np
-import yaml
 
+from megatron_implicit.config import read_config_file
 from megatron_implicit.errors import DataError
 from megatron_implicit.telemetry.metrics_file import read_metrics
 
@@ -103,7 +103,7 @@ def _read_run(run_dir: Path) -> RunCurves:
     if not steps:
         raise DataError(f"{run_dir / 'metrics.jsonl'}: holds no step yet; plots need at least one")
     path = run_dir / "config.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_config_file(path) if path.is_file() else {}
     tolerances = _tolerances(config)
     phases = []
     for name, group in groupby(steps, lambda record: record.get("phase") or "main"):

@@ -14,6 +14,10 @@ COLUMNS = 120
 """Moments a heat map shows."""
 
 
+_NEEDED = ("time", "attempt", "rank", "busy_s")
+"""Numbers without which a line is left out."""
+
+
 @dataclass
 class _Rank:
     reader: LineReader
@@ -37,7 +41,7 @@ class RankHistory:
             anew, lines = rank.reader.new()
             if anew:
                 rank.lines.clear()
-            rank.lines.extend(line for line in lines if "busy_s" in line and "rank" in line)
+            rank.lines.extend(line for line in lines if all(isinstance(line.get(key), (int, float)) for key in _NEEDED))
 
     def heat_map(self) -> dict[str, Any]:
         """Slowness by rank and moment, of the newest attempt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any, Optional
@@ -25,11 +26,17 @@ CURVES = (
     ("grad_norm", "gradient norm"), ("learning_rate", "learning rate"),
 )  # fmt: skip
 """Rows of the table of curves: key and words."""
+HEADS = {"data_wait": "data\nwait", "optimizer": "opti-\nmizer", "communication": "communi-\ncation"}
+"""Heads of the table of ranks that are broken, so that it fits 80 columns."""
 STATE_STYLES = {"running": "green", "finished": "blue", "stalled": "bold red", "failed": "bold red"}
 
 
 def watch(run_dir: Path, every_s: float, *, once: bool = False, console: Optional[Console] = None) -> None:
-    """Shows a run until it has ended, or Ctrl-C; ``once`` prints its present state."""
+    """Shows a run until it has ended, or Ctrl-C; ``once`` prints its present state.
+
+    Raises:
+        ConfigError: the run's config.yaml is damaged.
+    """
     console = console or Console()
     view = TerminalView(run_dir)
     if once:
@@ -55,6 +62,8 @@ class TerminalView:
     def render(self, width: int) -> Group:
         """The present state, for a terminal of so many columns."""
         self._history.refresh()
+        if self._history.damage:
+            raise self._history.damage
         self._ranks.refresh()
         summary = self._history.summary()
         self.state = summary["state"]
@@ -77,7 +86,7 @@ class TerminalView:
             table.add_column(name, justify="left" if name in ("", "over the run") else "right", no_wrap=True)
         curves = self._history.curves([key for key, _ in CURVES], columns)
         for key, words in CURVES:
-            known = [value for value in curves[key] if value is not None]
+            known = [value for value in self._history.column(key) if math.isfinite(value)]  # curves are averaged
             if known:
                 table.add_row(words, _short(known[-1]), sparkline(curves[key]), _short(min(known)), _short(max(known)))
         return table
@@ -86,9 +95,11 @@ class TerminalView:
         heat = self._ranks.heat_map()
         if not heat["ranks"]:
             return None
-        table = Table(box=None, pad_edge=False, title=f"slowest of {len(heat['ranks'])} ranks", title_justify="left")
-        for name in ("rank", "node", "× median", *(part.replace("_", " ") for part in PARTS)):
-            table.add_column(name, justify="left" if name == "node" else "right", no_wrap=True)
+        table = Table(box=None, pad_edge=False, collapse_padding=True, title_justify="left",
+                      title=f"slowest of {len(heat['ranks'])} ranks")  # fmt: skip
+        for name in ("rank", "node", "×\nmedian", *(HEADS.get(part, part) for part in PARTS)):
+            table.add_column(name, justify="left" if name == "node" else "right", no_wrap=name != "node",
+                             overflow="fold", vertical="bottom")  # fmt: skip
         recent = [_mean([value for value in row[-5:] if value is not None]) for row in heat["slowness"]]
         for index in sorted(range(len(recent)), key=lambda index: -(recent[index] or 0))[:4]:
             line, slow = heat["latest"][index], recent[index] or 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_implicit.checkpoint import CheckpointFolder
+from megatron_implicit.checkpoint import CheckpointFolder, read_checkpoint_config
 from megatron_implicit.errors import CheckpointError, LeaseLostError
 
 
@@ -90,3 +90,10 @@ def test_a_missing_pointer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "latest").unlink()
     with pytest.raises(CheckpointError, match="holds checkpoints but no 'latest'"):
         folder.candidates()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"train: [1]", b"train: {steps: ", b"\xff\xfe", b"trian: {}"])
+def test_a_damaged_configuration_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config.yaml cannot be read \(.*take another checkpoint$"):
+        read_checkpoint_config(tmp_path)

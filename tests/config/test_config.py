@@ -60,6 +60,10 @@ def test_dictionaries_round_trip() -> None:
 LLAMA = ["--config", str(PRESETS / "implicit_llama_tiny.yaml")]
 REFUSED = [
     (["--parallel.tensr", "2"], "unknown configuration key 'parallel.tensr': did you mean 'parallel.tensor'"),
+    (["--optimizer.lr", "0.5"], "unknown configuration key 'optimizer.lr': did you mean 'optimizer.learning_rate'"),
+    (["--optim.lr", "fast"], "unknown configuration key 'optim.lr': did you mean 'optimizer.learning_rate'"),
+    (["--gbs", "8"], "unknown configuration key 'gbs': did you mean 'train.global_batch_size'"),
+    (["--optimizer.wd", "0"], "unknown configuration key 'optimizer.wd': did you mean 'optimizer.weight_decay'"),
     (["--train.steps", "x"], "train.steps=x is not valid: expected an integer"),
     (["--model.family", "gpt"], "model.family=gpt is not valid: expected one of implicit_mamba2"),
     (["--parallel.sequence", "true"], "parallel.sequence=true needs parallel.tensor > 1"),
@@ -118,6 +122,23 @@ def test_impossible_values_are_refused_in_one_line(arguments: list[str], message
     with pytest.raises(ConfigError, match=message) as caught:
         load_config([*base, *arguments])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"), (b"garbage", "it is no mapping"), (b"train: [1]", "train is no mapping"),
+        (b"model:", "model is no mapping"), (b"curriculum: [1]", "curriculum is no list of mappings"),
+        (b"train: {steps: ", "not YAML"), (b"\xff\xfe", "not YAML"),
+    ],
+)  # fmt: skip
+def test_a_file_without_the_shape_of_a_configuration_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_bytes(content)
+    for arguments, base in ((["--config", str(path)], None), ([], path)):
+        with pytest.raises(ConfigError, match=f"own.yaml .*{reason}.*launch/configs/") as caught:
+            load_config(arguments, base=base)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_world_must_hold_whole_replicas_and_whole_batches() -> None:

@@ -155,6 +155,16 @@ HF = {
     ),
     "quantized": (lambda folder: edit_config(folder, quantization_config={"bits": 4}), "quantization_config="),
     "other type": (lambda folder: edit_config(folder, model_type="gpt2"), "is not in the format hf"),
+    "width that is text": (lambda folder: edit_config(folder, hidden_size="big"), "config.json has hidden_size='big'"),
+    "no heads": (lambda folder: edit_config(folder, num_attention_heads=0), "config.json has num_attention_heads=0"),
+    "heads that do not divide": (
+        lambda folder: edit_config(folder, num_attention_heads=5, head_dim=None), "hidden_size=64 is not divisible"
+    ),
+    "null": (lambda folder: edit_config(folder, vocab_size=None), "config.json lacks 'vocab_size'"),
+    "base that is text": (lambda folder: edit_config(folder, rope_parameters={"rope_theta": "x"}), "rope_theta='x'"),
+    "rotary that is text": (lambda folder: edit_config(folder, rope_parameters="x"), "rope_parameters='x'"),
+    "tie that is text": (lambda folder: edit_config(folder, tie_word_embeddings="x"), "source: .*tie_embeddings=x"),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), "source/config.json is not valid JSON"),
 }  # fmt: skip
 
 
@@ -180,6 +190,29 @@ def test_a_llama_we_do_not_build_is_named(tmp_path: Path, llama: Path, damage: C
 ])  # fmt: skip
 def test_a_mamba_we_do_not_build_is_named(tmp_path: Path, change: dict, words: str) -> None:
     refused(folders.write_mamba_ssm(tmp_path / "source", **change), "mamba_ssm", "megatron", words)
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"hidden_size": "big"}, "has hidden_size='big': it must be a positive integer"),
+    ({"head_dim": 0}, "has head_dim=0"),
+    ({"num_heads": 0}, "has num_heads=0: it must"), ({"num_heads": 7}, "num_heads=7 is not supported: only 8 is"),
+    ({"chunk_size": "x"}, "has chunk_size='x'"), ({"time_step_limit": 3}, "time_step_limit=3 is not supported"),
+    ({"layer_norm_epsilon": "x"}, "has layer_norm_epsilon='x': it must be a number"),
+])  # fmt: skip
+def test_a_damaged_mamba2_configuration_is_named(tmp_path: Path, values: dict, words: str) -> None:
+    keys = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 101, "state_size": 16, "head_dim": 16,
+            "num_heads": 8}  # fmt: skip
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "mamba2", **keys, **values}), encoding="utf-8")
+    refused(folder, "hf", "megatron", f"source: .*{words}")
+
+
+@pytest.mark.parametrize("values", [{"pad_vocab_size_multiple": 0}, {"vocab_size": "x"}, {"ssm_cfg": "x"}])
+def test_a_damaged_mamba_ssm_configuration_is_named(tmp_path: Path, values: dict) -> None:
+    folder = folders.write_mamba_ssm(tmp_path / "source")
+    edit_config(folder, **values)
+    refused(folder, "mamba_ssm", "megatron", f"source: config.json has {next(iter(values))}=")
 
 
 CANNOT_BE_SAID = [

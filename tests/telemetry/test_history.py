@@ -80,14 +80,41 @@ def test_phases_leave_out_the_untrained_model(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_the_state_of_a_run(tmp_path: Path, event: str, age: float, state: str) -> None:
     append(tmp_path, record(1, time=time.time() - age))
-    append(tmp_path, {"kind": event, "time": time.time() - age, "step": 1}, name="events.jsonl")
+    append(tmp_path, {"kind": event, "time": time.time() - age, "step": 1, "message": ""}, name="events.jsonl")
     assert read(tmp_path).summary()["state"] == state
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"garbage", b"train: [1]", b"\xff\xfe", b"train: {steps: x}", b"curriculum: [{start: x}, {}]", b"a: [1"],
+)
+def test_a_damaged_configuration_marks_the_run_until_it_is_mended(tmp_path: Path, content: bytes) -> None:
+    append(tmp_path, record(1), record(2))
+    (tmp_path / "config.yaml").write_bytes(content)
+    history = read(tmp_path)
+    summary = history.summary()
+    assert (summary["state"], summary["step"], summary["name"]) == ("unreadable", 2, tmp_path.name)
+    assert str(tmp_path / "config.yaml") in summary["reason"] and "checkpoints" in summary["reason"]
+    (tmp_path / "config.yaml").write_text("run: {name: alpha}\ntrain: {steps: 9}\n")
+    history.refresh()
+    assert (history.summary()["reason"], history.summary()["steps"], history.name) == (None, 9, "alpha")
+
+
+def test_lines_without_what_every_line_has_are_left_out(tmp_path: Path) -> None:
+    append(tmp_path, record(1), {"a": 1}, record(2, ranks="x"))
+    append(tmp_path, {"a": 1}, {"time": 1.0, "step": 1, "kind": "start", "message": ""}, name="events.jsonl")
+    append(tmp_path / "ranks", {"rank": 0, "busy_s": 1.0}, name="rank_00000.jsonl")
+    history = read(tmp_path)
+    assert (list(history.steps), [event["kind"] for event in history.events]) == ([1], ["start"])
+    ranks = RankHistory(tmp_path)
+    ranks.refresh()
+    assert ranks.heat_map()["ranks"] == []
 
 
 def test_a_resumed_run_is_no_longer_what_the_job_before_left(tmp_path: Path) -> None:
     append(tmp_path, record(1, time=time.time() - 500))
     for kind, age in (("error", 500), ("resume", 5)):
-        append(tmp_path, {"kind": kind, "time": time.time() - age, "step": 1}, name="events.jsonl")
+        append(tmp_path, {"kind": kind, "time": time.time() - age, "step": 1, "message": ""}, name="events.jsonl")
     assert read(tmp_path).state() == "running"
 
 

@@ -144,6 +144,18 @@ def test_the_page_follows_a_run_that_goes_on(browser: Browser, tmp_path: Path) -
     server.shutdown()
 
 
+def test_a_run_with_a_damaged_configuration_says_so_beside_the_others(browser: Browser, tmp_path: Path) -> None:
+    for name in ("alpha", "broken"):
+        SimulatedRun(tmp_path / name, steps=20).write()
+    (tmp_path / "broken" / "config.yaml").write_text("garbage")
+    server = serve(tmp_path)
+    browser.open(server.url)
+    assert all(word in browser.text() for word in ("alpha", "running", "broken", "unreadable"))
+    browser.open(f"{server.url}#/run/broken")
+    assert "broken/config.yaml cannot be read (it is no mapping)" in browser.text() and "tokens/s" in browser.text()
+    server.shutdown()
+
+
 def test_unknown_questions_are_answered_with_their_name(page: str) -> None:
     for path, words in (("api/run?id=nope", "no run 'nope'"), ("api/nope", "no /api/nope"), ("nope.js", "no nope.js")):
         with pytest.raises(urllib.error.HTTPError) as error:

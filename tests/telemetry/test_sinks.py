@@ -12,6 +12,7 @@ from typing import Any, Optional
 import pytest
 
 from megatron_implicit.config import TelemetryConfig
+from megatron_implicit.device import Platform
 from megatron_implicit.errors import MegatronImplicitError
 from megatron_implicit.telemetry.line_file import LineFile
 from megatron_implicit.telemetry.sinks import Identity, Sink, SinkThreads, standard_sinks
@@ -108,6 +109,13 @@ def test_an_error_that_ends_the_run_reaches_the_training_thread() -> None:
     with pytest.raises(MegatronImplicitError, match="another job holds the run"):
         sinks.step(metrics(2), {})
     sinks.close(5)
+
+
+def test_a_sinks_thread_works_on_the_device_of_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[tuple[str, int]] = []
+    monkeypatch.setattr(Platform, "use", lambda self, rank: used.append((threading.current_thread().name, rank)))
+    SinkThreads([Recorder()], print, local_rank=3).close(5)
+    assert used == [("sink recorder", 3)]
 
 
 def test_only_what_is_asked_for_is_opened(tmp_path: Path) -> None:

@@ -10,13 +10,18 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from megatron_implicit.telemetry.catalogue import RANK_METRICS, RUN_METRICS
+from megatron_implicit.telemetry.metrics_file import read_metrics
 from tests.telemetry.simulation import SimulatedRun
 from tests.tools.conftest import REPOSITORY, Workplace
 
 
 def test_up_serves_the_page_from_files_alone(work: Workplace) -> None:
     SimulatedRun(work.folder / "runs" / "alpha", steps=20).write()
+    SimulatedRun(work.folder / "runs" / "damaged", steps=20).write()
+    (work.folder / "runs" / "damaged" / "config.yaml").write_text("")
     command = [sys.executable, str(REPOSITORY / "tools/dashboard.py"), "up", "--port", "0", "--no-prometheus"]
     process = subprocess.Popen(
         command, cwd=work.folder, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
@@ -24,8 +29,9 @@ def test_up_serves_the_page_from_files_alone(work: Workplace) -> None:
     url = process.stdout.readline().split()[1]
     assert "none, the page reads the files of the runs" in process.stdout.readline()
     assert b"megatron_implicit" in urllib.request.urlopen(url).read()
-    (run,) = json.load(urllib.request.urlopen(f"{url}api/overview"))["runs"]
-    assert (run["id"], run["step"], run["state"]) == ("alpha", 20, "running")
+    runs = {run["id"]: run for run in json.load(urllib.request.urlopen(f"{url}api/overview"))["runs"]}
+    assert (runs["alpha"]["step"], runs["alpha"]["state"]) == (20, "running")
+    assert runs["damaged"]["state"] == "unreadable" and "damaged/config.yaml" in runs["damaged"]["reason"]
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
 
@@ -35,6 +41,21 @@ def test_watch_shows_curves_ranks_and_events(work: Workplace) -> None:
     shown = work.run("dashboard", "watch", "alpha", "--once").stdout
     for words in ("running", "step 60 of 1,000", "evaluations", "█", "slowest of 6 ranks", "new run in alpha"):
         assert words in shown, shown
+
+
+@pytest.mark.parametrize("columns", ["80", "160"])
+def test_what_watch_says_does_not_hang_on_the_width_of_the_terminal(
+    work: Workplace, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
+    run = SimulatedRun(work.folder / "alpha", ranks=6, steps=60)
+    run.write()
+    losses = [line["loss"] for line in read_metrics(run.folder / "metrics.jsonl")]
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = work.run("dashboard", "watch", "alpha", "--once").stdout
+    row = next(line.split() for line in shown.splitlines() if line.startswith("loss"))
+    assert [row[1], *row[-2:]] == [f"{value:.4g}" for value in (losses[-1], min(losses), max(losses))]
+    assert all(part in shown.split() for part in ("forward", "solve", "phantom", "backward", "cation")), shown
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= int(columns), shown
 
 
 def test_report_writes_one_file(work: Workplace) -> None:
@@ -63,3 +84,6 @@ def test_what_is_missing_is_named(work: Workplace, tmp_path: Path) -> None:
     work.fails("--prometheus nope is no program", "dashboard", "up", "--prometheus", "nope")
     SimulatedRun(tmp_path / "alpha", steps=0).write()
     work.fails("holds no step yet", "dashboard", "report", "alpha")
+    (tmp_path / "alpha" / "config.yaml").write_text("garbage")
+    for command in (("watch", "alpha", "--once"), ("watch", "alpha"), ("report", "alpha")):
+        work.fails("alpha/config.yaml cannot be read (it is no mapping)", "dashboard", *command, code=2)

@@ -44,6 +44,19 @@ def test_what_it_does_not_know_is_refused(work) -> None:
     work.fails("nowhere is not a folder", "evaluate", "perplexity", "--checkpoint", "nowhere")
 
 
+@pytest.mark.parametrize("command", [("evaluate", "perplexity"), ("generate", "--prompt", "a")])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(work, command: tuple[str, ...]) -> None:
+    """Before the checkpoint is looked for, even."""
+    given = (*command, "--checkpoint", "nowhere", "--json")
+    work.fails("--json nope/x.json: there is no folder nope", *given, "nope/x.json", code=2)
+    work.fails("--json . is a folder: give a file", *given, ".", code=2)
+
+
+def test_the_paper_is_measured_with_models_of_its_own(work) -> None:
+    assert "--checkpoint" not in work.run("evaluate", "paper", "--help").stdout
+    work.fails("unrecognized arguments: --checkpoint", "evaluate", "paper", "--checkpoint", "nowhere", code=2)
+
+
 def test_downstream_names_missing_files_and_unknown_tasks(work) -> None:
     given = ("evaluate", "downstream", "--checkpoint", "nowhere", "--data")
     work.fails("--data data is not a folder", *given, "data")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megatron_implicit.conversion.formats import huggingface, mamba_ssm, megatron, reference
 from megatron_implicit.conversion.stored import StoredModel
+from megatron_implicit.conversion.tensor_files import read_json
 from megatron_implicit.errors import CheckpointError
 
 
@@ -45,6 +46,8 @@ def open_model(folder: Path, name: str) -> StoredModel:
         raise CheckpointError(f"{folder} is not a folder: check the path")
     if not FORMATS[name].recognises(folder):
         other = recognise(folder)
+        if other is None and (folder / "config.json").is_file():
+            read_json(folder / "config.json")  # names what is wrong with a damaged one
         hint = f"it looks like {other}" if other else "it has neither a config.json of a known model nor a checkpoint"
         raise CheckpointError(f"{folder} is not in the format {name}: {hint}")
     return FORMATS[name].open(folder)

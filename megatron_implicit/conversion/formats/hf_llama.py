@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_implicit.config import Config, config_from_dict
 from megatron_implicit.conversion.formats.naming import Naming
+from megatron_implicit.conversion.formats.values import count, number, refuse_other, section
 from megatron_implicit.conversion.stored import EMBEDDING
 from megatron_implicit.errors import CheckpointError
 
@@ -37,26 +38,24 @@ def config_from_llama(raw: dict[str, Any], source: str) -> Config:
     """Our configuration of a Llama's config.json.
 
     Raises:
-        CheckpointError: a model we do not build; names the key.
+        CheckpointError: a model we do not build, or a value that is missing or wrong; names the key.
+        ConfigError: values that do not fit each other.
     """
     for key, only in _BUILT.items():
         refuse_other(source, key, raw.get(key, only), only)
-    try:
-        heads, width = raw["num_attention_heads"], raw["hidden_size"]
-        head = raw.get("head_dim") or width // heads
-        if head * heads != width:
-            only = f"hidden_size / num_attention_heads = {width // heads}"
-            raise CheckpointError(f"{source}: head_dim={head} is not supported: only {only} is")
-        model = {
-            "family": "explicit_llama", "size": "custom", "num_layers": raw["num_hidden_layers"], "hidden_size": width,
-            "vocab_size": raw["vocab_size"], "num_heads": heads,
-            "num_query_groups": raw.get("num_key_value_heads") or heads, "ffn_size": raw["intermediate_size"],
-            "rope_base": rope_base(raw, source), "norm_eps": raw.get("rms_norm_eps", 1e-6),
-            "tie_embeddings": raw.get("tie_word_embeddings", False),
-        }  # fmt: skip
-    except KeyError as error:
-        raise CheckpointError(f"{source}: config.json lacks {error.args[0]!r}") from None
-    length = raw.get("max_position_embeddings", 2048)
+    heads, width = (count(raw, key, source) for key in ("num_attention_heads", "hidden_size"))
+    head = count(raw, "head_dim", source, width // heads)
+    if head != width // heads:
+        only = f"hidden_size / num_attention_heads = {width // heads}"
+        raise CheckpointError(f"{source}: head_dim={head} is not supported: only {only} is")
+    model = {
+        "family": "explicit_llama", "size": "custom", "num_layers": count(raw, "num_hidden_layers", source),
+        "hidden_size": width, "vocab_size": count(raw, "vocab_size", source), "num_heads": heads,
+        "num_query_groups": count(raw, "num_key_value_heads", source, heads),
+        "ffn_size": count(raw, "intermediate_size", source), "rope_base": rope_base(raw, source),
+        "norm_eps": number(raw, "rms_norm_eps", source, 1e-6), "tie_embeddings": raw.get("tie_word_embeddings", False),
+    }  # fmt: skip
+    length = count(raw, "max_position_embeddings", source, 2048)
     return config_from_dict(
         {"model": model, "data": {"sequence_length": length}, "train": {"steps": 1},
          "optimizer": {"learning_rate": 1e-3}}
@@ -67,25 +66,15 @@ def rope_base(raw: dict[str, Any], source: str) -> float:
     """The base of the rotary embedding, by the present key (rope_parameters) or the older ones.
 
     Raises:
-        CheckpointError: scaled frequencies.
+        CheckpointError: scaled frequencies, or a base that is no number.
     """
-    parameters = raw.get("rope_parameters") or {}
-    for values in (parameters, raw.get("rope_scaling") or {}):
+    parameters = section(raw, "rope_parameters", source)
+    for values in (parameters, section(raw, "rope_scaling", source)):
         kind = values.get("rope_type", values.get("type", "default"))
         if kind != "default":
             raise CheckpointError(f"{source}: rope_type={kind} is not supported: only unscaled rotary embeddings are")
     refuse_other(source, "partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0), 1.0)
-    return float(parameters.get("rope_theta", raw.get("rope_theta", 10000.0)))
-
-
-def refuse_other(source: str, key: str, value: Any, only: Any) -> None:
-    """Refuses a value that changes what a model computes.
-
-    Raises:
-        CheckpointError: it is not the one we build.
-    """
-    if value != only:
-        raise CheckpointError(f"{source}: {key}={value} is not supported: only {only} is")
+    return number(parameters if "rope_theta" in parameters else raw, "rope_theta", source, 10000.0)
 
 
 def llama_config(config: Config) -> dict[str, Any]:

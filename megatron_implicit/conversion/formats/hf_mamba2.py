@@ -11,10 +11,9 @@ import math
 from typing import Any
 
 from megatron_implicit.config import Config, config_from_dict
-from megatron_implicit.conversion.formats.hf_llama import refuse_other
 from megatron_implicit.conversion.formats.naming import Naming
+from megatron_implicit.conversion.formats.values import count, number, refuse_other
 from megatron_implicit.conversion.stored import EMBEDDING
-from megatron_implicit.errors import CheckpointError
 
 MAMBA2 = Naming(
     whole={EMBEDDING: "backbone.embeddings.weight"},
@@ -31,31 +30,34 @@ def config_from_mamba2(raw: dict[str, Any], source: str) -> Config:
     """Our configuration of a Mamba2's config.json.
 
     Raises:
-        CheckpointError: a model we do not build; names the key.
+        CheckpointError: a model we do not build, or a value that is missing or wrong; names the key.
+        ConfigError: values that do not fit each other.
     """
     for key, only in _BUILT.items():
         refuse_other(source, key, raw.get(key, only), only)
-    limit = [_number(value) for value in raw.get("time_step_limit", (0.0, math.inf))]
+    limit = raw.get("time_step_limit", [0.0, math.inf])
+    limit = [_untagged(value) for value in limit] if isinstance(limit, list) else limit
     refuse_other(source, "time_step_limit", limit, [0.0, math.inf])
-    chunk = raw.get("chunk_size", 256)
-    try:
-        model = {
-            "family": "explicit_mamba2", "size": "custom", "num_layers": raw["num_hidden_layers"],
-            "hidden_size": raw["hidden_size"], "vocab_size": raw["vocab_size"], "state_size": raw["state_size"],
-            "head_dim": raw["head_dim"], "expand": raw.get("expand", 2), "num_groups": raw.get("n_groups", 8),
-            "conv_width": raw.get("conv_kernel", 4), "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
-            "scan_chunk_size": chunk if chunk & (chunk - 1) == 0 else 256,
-            "tie_embeddings": raw.get("tie_word_embeddings", False),
-        }  # fmt: skip
-    except KeyError as error:
-        raise CheckpointError(f"{source}: config.json lacks {error.args[0]!r}") from None
-    refuse_other(source, "num_heads", raw.get("num_heads"), model["expand"] * model["hidden_size"] // model["head_dim"])
+    chunk = count(raw, "chunk_size", source, 256)
+    width, head, expand = (
+        count(raw, key, source, default) for key, default in (("hidden_size", None), ("head_dim", None), ("expand", 2))
+    )
+    refuse_other(source, "num_heads", count(raw, "num_heads", source), expand * width // head)
+    model = {
+        "family": "explicit_mamba2", "size": "custom", "num_layers": count(raw, "num_hidden_layers", source),
+        "hidden_size": width, "vocab_size": count(raw, "vocab_size", source),
+        "state_size": count(raw, "state_size", source), "head_dim": head, "expand": expand,
+        "num_groups": count(raw, "n_groups", source, 8), "conv_width": count(raw, "conv_kernel", source, 4),
+        "norm_eps": number(raw, "layer_norm_epsilon", source, 1e-5),
+        "scan_chunk_size": chunk if chunk & (chunk - 1) == 0 else 256,
+        "tie_embeddings": raw.get("tie_word_embeddings", False),
+    }  # fmt: skip
     return config_from_dict({"model": model, "train": {"steps": 1}, "optimizer": {"learning_rate": 1e-3}})
 
 
-def _number(value: Any) -> float:
-    """A float, also as transformers writes infinity into JSON."""
-    return float(value["__float__"]) if isinstance(value, dict) and "__float__" in value else float(value)
+def _untagged(value: Any) -> Any:
+    """A number as it is, and infinity where transformers has written it as an object."""
+    return math.inf if value in ({"__float__": "Infinity"}, {"__float__": math.inf}) else value
 
 
 def mamba2_config(config: Config) -> dict[str, Any]:

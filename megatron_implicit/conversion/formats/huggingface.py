@@ -19,7 +19,7 @@ from megatron_implicit.conversion.formats.reference import describes
 from megatron_implicit.conversion.stored import Origin, StoredModel, take_head
 from megatron_implicit.conversion.tensor_files import open_tensor_files, peek_json, read_json
 from megatron_implicit.conversion.tensor_writers import SHARD_BYTES, write_safetensors
-from megatron_implicit.errors import CheckpointError
+from megatron_implicit.errors import CheckpointError, ConfigError
 
 REMOTE_CODE = Path(__file__).parents[1] / "remote_code"
 CODE_FILES = ("configuration_implicit_lm.py", "modeling_implicit_lm.py", "layers_implicit_lm.py")
@@ -42,7 +42,10 @@ def open_folder(folder: Path) -> StoredModel:
     """Reads config.json and names the tensors; code in the folder is neither needed nor run."""
     raw = read_json(folder / "config.json")
     naming, config_of = _TYPES[raw["model_type"]][:2]
-    config = config_of(raw, str(folder))
+    try:
+        config = config_of(raw, str(folder))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder}: config.json describes no model that can be built: {error}") from None
     tensors, head, unmapped = naming.to_reference(open_tensor_files(folder))
     unmapped |= take_head(tensors, head, config.model.tie_embeddings, str(folder), "tie_word_embeddings")
     return StoredModel(folder, "hf", config, tensors, Origin("hf", raw), unmapped)

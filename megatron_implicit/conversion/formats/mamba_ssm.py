@@ -12,6 +12,7 @@ from typing import Any
 from megatron_implicit.config import Config, config_from_dict
 from megatron_implicit.conversion.formats.naming import Naming
 from megatron_implicit.conversion.formats.reference import describes
+from megatron_implicit.conversion.formats.values import count, refuse_other, section
 from megatron_implicit.conversion.stored import EMBEDDING, Origin, StoredModel, take_head
 from megatron_implicit.conversion.tensor_files import open_tensor_files, peek_json, read_json
 from megatron_implicit.conversion.tensor_writers import write_pickle
@@ -51,33 +52,26 @@ def config_from_mamba_ssm(raw: dict[str, Any], source: str) -> Config:
     Raises:
         CheckpointError: a model that is not a plain Mamba2 stack; names the key.
     """
-    cell = raw["ssm_cfg"] or {}
-    _refuse(source, "ssm_cfg.layer", cell.get("layer", "Mamba1"), "Mamba2")
+    cell = section(raw, "ssm_cfg", source)
+    refuse_other(source, "ssm_cfg.layer", cell.get("layer", "Mamba1"), "Mamba2")
     for key, only in (("d_intermediate", 0), ("attn_layer_idx", []), ("rms_norm", True)):
-        _refuse(source, key, raw.get(key, only), only)
+        refuse_other(source, key, raw.get(key, only), only)
     for key, value in cell.items():
         if key in _BUILT:
-            _refuse(source, f"ssm_cfg.{key}", value, _BUILT[key])
+            refuse_other(source, f"ssm_cfg.{key}", value, _BUILT[key])
         elif key == "dt_limit":
-            _refuse(source, "ssm_cfg.dt_limit", list(value), [0.0, float("inf")])
+            refuse_other(source, "ssm_cfg.dt_limit", value, [0.0, float("inf")])
         elif key not in _SHAPE and key not in _ONLY_INITIAL:
             raise CheckpointError(f"{source}: ssm_cfg.{key}={value} is not supported: unknown to this converter")
-    try:
-        multiple = raw.get("pad_vocab_size_multiple", 8)
-        model = {
-            "family": "explicit_mamba2", "size": "custom", "num_layers": raw["n_layer"], "hidden_size": raw["d_model"],
-            "vocab_size": -(-raw["vocab_size"] // multiple) * multiple, "norm_eps": _EPSILON,
-            "tie_embeddings": raw.get("tie_embeddings", True),
-        }  # fmt: skip
-    except KeyError as error:
-        raise CheckpointError(f"{source}: config.json lacks {error.args[0]!r}") from None
-    model |= {ours: cell.get(theirs, default) for theirs, (ours, default) in _SHAPE.items()}
+    multiple = count(raw, "pad_vocab_size_multiple", source, 8)
+    model = {
+        "family": "explicit_mamba2", "size": "custom", "num_layers": count(raw, "n_layer", source),
+        "hidden_size": count(raw, "d_model", source),
+        "vocab_size": -(-count(raw, "vocab_size", source) // multiple) * multiple, "norm_eps": _EPSILON,
+        "tie_embeddings": raw.get("tie_embeddings", True),
+    }  # fmt: skip
+    model |= {ours: count(cell, theirs, source, default) for theirs, (ours, default) in _SHAPE.items()}
     return config_from_dict({"model": model, "train": {"steps": 1}, "optimizer": {"learning_rate": 1e-3}})
-
-
-def _refuse(source: str, key: str, value: Any, only: Any) -> None:
-    if value != only:
-        raise CheckpointError(f"{source}: {key}={value} is not supported: only {only} is")
 
 
 def write_folder(model: StoredModel, folder: Path) -> None:

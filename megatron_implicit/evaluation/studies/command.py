@@ -51,9 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=0, metavar="N",
         help="trainings at a time (default: one a CPU core; one on a machine with GPUs, over all of them)",
     )  # fmt: skip
-    parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="measure this model where a study needs no training of its own"
-    )
+    if parser.get_default("evaluation") == "paper":  # some studies take no model but their own
+        parser.set_defaults(checkpoint=None)
+    else:
+        parser.add_argument(
+            "--checkpoint", type=Path, metavar="PATH",
+            help="measure this model where a study needs no training of its own",
+        )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:

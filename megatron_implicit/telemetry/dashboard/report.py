@@ -24,10 +24,13 @@ def write_report(run_dir: Path, path: Path) -> Path:
 
     Raises:
         DataError: the run has made no step.
+        ConfigError: its config.yaml is damaged.
     """
     history, ranks = RunHistory(run_dir), RankHistory(run_dir)
     history.refresh()
     ranks.refresh()
+    if history.damage:
+        raise history.damage
     if not history.steps:
         raise DataError(f"{run_dir / 'metrics.jsonl'}: holds no step yet; a report needs at least one")
     keys = [name for name in SERIES if name in history.keys]
@@ -48,7 +51,8 @@ def _page(title: str, answers: dict) -> str:
     page = (ASSETS / "index.html").read_text(encoding="utf-8")
     for name in STYLES:
         page = page.replace(f'<link rel="stylesheet" href="{name}">', f"<style>\n{_asset(name)}</style>")
-    data = orjson.dumps(answers).decode().replace("</", "<\\/")  # a "</script>" in a message must not end the script
+    data = orjson.dumps(answers, option=orjson.OPT_NON_STR_KEYS).decode()
+    data = data.replace("</", "<\\/")  # a "</script>" in a message must not end the script
     for name in SCRIPTS:
         page = page.replace(f'<script src="{name}"></script>', f"<script>\n{_asset(name)}</script>")
     page = page.replace("<script>", f"<script>window.EMBEDDED = {data};</script>\n  <script>", 1)

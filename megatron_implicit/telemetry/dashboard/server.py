@@ -87,7 +87,8 @@ class _Handler(BaseHTTPRequestHandler):
             content = answers[name]()
         except KeyError:
             return self._send_error(404, f"no run '{key}'")
-        self._send(200, "application/json", orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
+        options = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS  # a damaged configuration may have any keys
+        self._send(200, "application/json", orjson.dumps(content, option=options))
 
     def _send_asset(self, name: str) -> None:
         path = ASSETS / name

@@ -38,7 +38,7 @@ class Dashboard:
         live = self._live.runs() if self._live else {}
         names = {run["name"] for run in runs}
         runs += [_remote_row(row) for name, row in live.items() if name not in names]
-        order = {"running": 0, "stalled": 1, "failed": 2}
+        order = {"running": 0, "stalled": 1, "failed": 2, "unreadable": 2}
         runs.sort(key=lambda run: (order.get(run["state"], 3), -(run["time"] or 0)))
         return {
             "time": time.time(),
@@ -103,7 +103,7 @@ def _remote_row(row: dict[str, Any]) -> dict[str, Any]:
         "validation_loss", "memory_bytes",
     )  # fmt: skip
     return {
-        "id": REMOTE + row["name"], "name": row["name"], "dir": "", "state": "running", "family": "", "size": "",
-        "steps": 0, "eta_s": None, "device_hours": None, "ranks": None, "time": row.get("last_step_time"),
+        "id": REMOTE + row["name"], "name": row["name"], "dir": "", "state": "running", "reason": None, "family": "",
+        "size": "", "steps": 0, "eta_s": None, "device_hours": None, "ranks": None, "time": row.get("last_step_time"),
         **{name: row.get(name) for name in fields},
     }  # fmt: skip

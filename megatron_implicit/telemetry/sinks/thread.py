@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any, Callable, Optional
 
+from megatron_implicit.device import current_platform
 from megatron_implicit.errors import MegatronImplicitError
 from megatron_implicit.telemetry.sinks.base import Sink
 from megatron_implicit.telemetry.timing import PARTS, StepTimes
@@ -28,10 +29,11 @@ class SinkThreads:
     Args:
         sinks: opened on their threads, since some wait for a network.
         report: told, once for each trouble, what is wrong with a sink and when it is right again; on any thread.
+        local_rank: of this process: its threads read times of its device.
     """
 
-    def __init__(self, sinks: list[Sink], report: Report) -> None:
-        self._places = [_Place(sink, report) for sink in sinks]
+    def __init__(self, sinks: list[Sink], report: Report, local_rank: int = 0) -> None:
+        self._places = [_Place(sink, report, local_rank) for sink in sinks]
 
     def step(self, metrics: Optional[dict[str, Any]], rank: dict[str, Any], times: Optional[StepTimes] = None) -> None:
         """Takes a step's numbers; returns at once.
@@ -103,8 +105,8 @@ class _Step:
 class _Place:
     """A sink, its thread, and whether it is in trouble."""
 
-    def __init__(self, sink: Sink, report: Report) -> None:
-        self.sink, self._report = sink, report
+    def __init__(self, sink: Sink, report: Report, local_rank: int) -> None:
+        self.sink, self._report, self._local_rank = sink, report, local_rank
         self._troubled, self._rests_until, self._closed, self._left_out = False, 0.0, False, False
         self._error: Optional[MegatronImplicitError] = None
         self._queue: "queue.Queue[Optional[Callable[[], None]]]" = queue.Queue(CAPACITY)
@@ -163,6 +165,7 @@ class _Place:
         self._thread.join(timeout)
 
     def _work(self) -> None:
+        current_platform().use(self._local_rank)  # a new thread's device is 0: every rank would take memory there
         self.call("open")
         while (task := self._queue.get()) is not None:
             task()

@@ -35,7 +35,9 @@ class Reporting(Callback):
         identity = identity_of(trainer)
         metrics_file = trainer.folder.line_file("metrics.jsonl")
         sinks = standard_sinks(trainer.config.telemetry, identity, metrics_file)
-        self._sinks = SinkThreads(sinks, lambda trouble: self._say(trainer, identity.rank, trouble))
+        self._sinks = SinkThreads(
+            sinks, lambda trouble: self._say(trainer, identity.rank, trouble), identity.local_rank
+        )
         if trainer.initial_validation is not None and identity.rank == 0:
             self._sinks.step(
                 {"step": 0, "time": time.time(), "attempt": identity.attempt, "tokens": 0,

@@ -26,11 +26,12 @@ async function ask(path) {
 }
 const tip = (key) => (catalogue.metrics[key] ? catalogue.metrics[key].meaning : "");
 const runLink = (id) => `#/run/${encodeURIComponent(id)}`;
-const stateMark = (state) => element("span", { class: `state ${state}`, "data-tip": STATES[state] }, state);
+const stateMark = (state, reason) => element("span", { class: `state ${state}`, "data-tip": reason || STATES[state] }, state);
 const STATES = {
   running: "Steps arrive.", stalled: "No step for two minutes and ten usual steps: a rank may hang.",
   finished: "Made all its steps.", stopped: "Ended in good order before its last step; the same command goes on.",
-  failed: "Ended with an error: see its events.", waiting: "Nothing of it yet.", up: "The exporter answers.", down: "The exporter does not answer.",
+  failed: "Ended with an error: see its events.", waiting: "Nothing of it yet.",
+  unreadable: "Its config.yaml is damaged.", up: "The exporter answers.", down: "The exporter does not answer.",
 };
 
 function progress(row) {
@@ -125,7 +126,7 @@ class Overview {
     return element("tr", { class: "link", onclick: () => { location.hash = runLink(run.id); } },
       element("td", {}, box),
       element("td", { "data-tip": `${run.dir}\n${run.family} ${run.size}` }, element("a", { href: runLink(run.id) }, run.name)),
-      element("td", {}, stateMark(run.state)), element("td", {}, run.phase || DASH),
+      element("td", {}, stateMark(run.state, run.reason)), element("td", {}, run.phase || DASH),
       element("td", {}, progress(run), ` ${count(run.step)}${run.steps ? ` / ${count(run.steps)}` : ""}`),
       n(span(run.eta_s)), n(short(run.loss, 4)), n(short(run.validation_loss, 4)), n(short(run.tokens_per_s)), n(short(run.model_flops_per_s)), n(percent(run.mfu)), n(short(run.evaluations_mean)),
       n(short(run.evaluations_p99)), n(short(run.residual_mean)), n(percent(run.unconverged_fraction)), n(short(run.device_hours)),
@@ -176,7 +177,7 @@ class RunView {
 
   show(ranks) {
     const { run } = this;
-    renew(trail, [run.name, run.state], () => [embedded ? "" : element("a", { href: "#/" }, "all runs"), embedded ? "" : " › ", element("b", {}, run.name), " ", stateMark(run.state)]);
+    renew(trail, [run.name, run.state], () => [embedded ? "" : element("a", { href: "#/" }, "all runs"), embedded ? "" : " › ", element("b", {}, run.name), " ", stateMark(run.state, run.reason), run.reason ? ` ${run.reason}` : ""]);
     renew(this.alerts, run.alerts, () => alertsCard(run.alerts));
     renew(this.tiles, [run.step, run.state, run.eta_s], () => this.numbers());
     this.heat.set(ranks);
