@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_implicit import load_pretrained
 from megatron_implicit.conversion.convert import convert, open_source
+from megatron_implicit.data.tokenizers import train_sentencepiece
+from megatron_implicit.errors import DataError
+from megatron_implicit.inference.text import find_tokenizer
 from tests.checkpoint.late_copies import copy_late
 from tests.launch.conftest import Runs, train
 
@@ -178,3 +183,13 @@ def test_a_run_starts_from_converted_weights(runs: Runs, one_process: None) -> N
     assert metrics[0]["validation_loss"] == pytest.approx(held_out, abs=1e-5)
     event = json.loads((runs.folder / "from_weights/events.jsonl").read_text().splitlines()[0])
     assert event["kind"] == "start" and "from the weights of" in event["message"]
+
+
+def test_a_run_takes_the_tokenizer_of_its_data_and_no_other(runs: Runs, one_process: None, tmp_path: Path) -> None:
+    lm = load_pretrained(runs.folder / "whole")
+    assert find_tokenizer(lm, runs.folder / "whole").fingerprint == lm.tokenizer_fingerprint
+    other = tmp_path / "other.model"
+    train_sentencepiece((f"other words, {i} of them, with letters of all kinds: jkqvwxyz" for i in range(90)), other, 320)
+    with pytest.raises(DataError, match="trained with another tokenizer .* than .*other.model .320 entries") as caught:
+        find_tokenizer(lm, runs.folder / "whole", str(other))
+    assert "name the model's own with --tokenizer" in str(caught.value) and "\n" not in str(caught.value)
