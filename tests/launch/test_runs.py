@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,22 @@ def test_a_run_starts_from_converted_weights(runs: Runs, one_process: None) -> N
     assert metrics[0]["validation_loss"] == pytest.approx(held_out, abs=1e-5)
     event = json.loads((runs.folder / "from_weights/events.jsonl").read_text().splitlines()[0])
     assert event["kind"] == "start" and "from the weights of" in event["message"]
+
+
+def test_an_exported_run_takes_its_tokenizer_along(runs: Runs, one_process: None, tmp_path: Path) -> None:
+    source, data = open_source(runs.folder / "whole", "megatron"), runs.folder / "data"
+    report = convert(source, "hf", tmp_path / "exported")
+    assert report.tokenizer == str(data / "tokenizer.model")
+    assert (tmp_path / "exported/tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
+    convert(open_source(tmp_path / "exported", "hf"), "megatron", tmp_path / "imported")
+    lm = load_pretrained(tmp_path / "imported")
+    assert find_tokenizer(lm, tmp_path / "imported").fingerprint == source.tokenizer_fingerprint
+
+    shutil.copytree(data, tmp_path / "data")
+    config = dataclasses.replace(source.config, data=dataclasses.replace(source.config.data, path=str(tmp_path / "data")))
+    train_sentencepiece((f"{i} others: jkqvwxyz" for i in range(90)), tmp_path / "data/tokenizer.model", 300, overwrite=True)
+    report = convert(dataclasses.replace(source, config=config), "hf", tmp_path / "bare")
+    assert report.tokenizer is None and not list((tmp_path / "bare").glob("tokenizer*")), "that is another one"
 
 
 def test_a_run_takes_the_tokenizer_of_its_data_and_no_other(runs: Runs, one_process: None, tmp_path: Path) -> None:
