@@ -15,7 +15,7 @@ from megatron_implicit.errors import DataError
 
 TOKENIZER_NAMES = ("tokenizer.json", "tokenizer.model")
 _PADDING = 1024
-"""Rows that a model may have beyond its tokenizer's entries: as many as programs pad the vocabulary to a multiple of."""
+"""Programs pad vocabularies to multiples of at most this: a model has fewer rows than this beyond its tokenizer's."""
 _CONTEXT = 8
 """Tokens before a new one that are decoded with it: a token's text may depend on what it follows."""
 _INCOMPLETE = "\ufffd"

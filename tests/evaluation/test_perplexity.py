@@ -28,7 +28,7 @@ def models(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> argparse.Nam
     hf = converted(runs.folder / "whole", "megatron", "hf", folder / "hf")
     back = converted(hf, "hf", "megatron", folder / "back")
     copy = converted(runs.folder / "whole", "megatron", "megatron", folder / "copy")
-    make_dataset(folder / "other", [f"{i} other words, such as jkqvwxyz, and {i * i * i} numbers.\n" for i in range(300)])
+    make_dataset(folder / "other", [f"{i} other words, such as jkqvwxyz, and {i**3} numbers.\n" for i in range(300)])
     return argparse.Namespace(
         run=runs.folder / "whole", data=runs.folder / "data", hf=hf, back=back, copy=copy, folder=folder
     )

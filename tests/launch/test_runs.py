@@ -187,6 +187,9 @@ def test_a_run_starts_from_converted_weights(runs: Runs, one_process: None) -> N
     assert event["kind"] == "start" and "from the weights of" in event["message"]
 
 
+OTHER_TEXTS = [f"other words, {i} of them, with letters of all kinds: jkqvwxyz" for i in range(90)]
+
+
 def test_an_exported_run_takes_its_tokenizer_along(runs: Runs, one_process: None, tmp_path: Path) -> None:
     source, data = open_source(runs.folder / "whole", "megatron"), runs.folder / "data"
     report = convert(source, "hf", tmp_path / "exported")
@@ -197,9 +200,10 @@ def test_an_exported_run_takes_its_tokenizer_along(runs: Runs, one_process: None
     assert find_tokenizer(lm, tmp_path / "imported").fingerprint == source.tokenizer_fingerprint
 
     shutil.copytree(data, tmp_path / "data")
-    config = dataclasses.replace(source.config, data=dataclasses.replace(source.config.data, path=str(tmp_path / "data")))
-    train_sentencepiece((f"{i} others: jkqvwxyz" for i in range(90)), tmp_path / "data/tokenizer.model", 300, overwrite=True)
-    report = convert(dataclasses.replace(source, config=config), "hf", tmp_path / "bare")
+    train_sentencepiece(OTHER_TEXTS, tmp_path / "data/tokenizer.model", 320, overwrite=True)
+    moved = dataclasses.replace(source.config.data, path=str(tmp_path / "data"))
+    source = dataclasses.replace(source, config=dataclasses.replace(source.config, data=moved))
+    report = convert(source, "hf", tmp_path / "bare")
     assert report.tokenizer is None and not list((tmp_path / "bare").glob("tokenizer*")), "that is another one"
 
 
@@ -207,7 +211,7 @@ def test_a_run_takes_the_tokenizer_of_its_data_and_no_other(runs: Runs, one_proc
     lm = load_pretrained(runs.folder / "whole")
     assert find_tokenizer(lm, runs.folder / "whole").fingerprint == lm.tokenizer_fingerprint
     other = tmp_path / "other.model"
-    train_sentencepiece((f"other words, {i} of them, with letters of all kinds: jkqvwxyz" for i in range(90)), other, 320)
+    train_sentencepiece(OTHER_TEXTS, other, 320)
     with pytest.raises(DataError, match="trained with another tokenizer .* than .*other.model .320 entries") as caught:
         find_tokenizer(lm, runs.folder / "whole", str(other))
     assert "name the model's own with --tokenizer" in str(caught.value) and "\n" not in str(caught.value)
