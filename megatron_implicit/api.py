@@ -32,11 +32,13 @@ class PretrainedModel(nn.Module):
     Args:
         model: as ``build_model`` returns it.
         config: resolved; its solver and inference sections are the defaults of every call.
+        tokenizer_fingerprint: of the tokenizer its training data was made with; None where that is not known, because
+            it comes from another program or a conversion: then the data section says nothing about the model.
     """
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(self, model: nn.Module, config: Config, tokenizer_fingerprint: Optional[str] = None) -> None:
         super().__init__()
-        self.model, self.config = model, config
+        self.model, self.config, self.tokenizer_fingerprint = model, config, tokenizer_fingerprint
 
     def forward(
         self,
@@ -225,8 +227,8 @@ def load_pretrained(
 
     load = _load_checkpoint if recognise(path) in (None, "megatron") else _load_foreign
     with torch.random.fork_rng(devices=[]):  # building groups seeds the generators; the caller's stay as they are
-        model, config = load(path, _DTYPES[dtype], torch.distributed.get_world_size())
-    return PretrainedModel(model.to(target), config).eval()
+        model, config, tokenizer = load(path, _DTYPES[dtype], torch.distributed.get_world_size())
+    return PretrainedModel(model.to(target), config, tokenizer).eval()
 
 
 def _target_device(device: str | None, place: Place) -> torch.device:
@@ -259,7 +261,11 @@ def _for_this_job(config: Config, precision: str, world_size: int) -> Config:
     return config
 
 
-def _load_foreign(path: Path, precision: str, world_size: int) -> tuple[nn.Module, Config]:
+_Loaded = tuple[nn.Module, Config, Optional[str]]
+"""A model, its configuration, and the fingerprint of its data's tokenizer."""
+
+
+def _load_foreign(path: Path, precision: str, world_size: int) -> _Loaded:
     """A folder of another program, one tensor in memory at a time."""
     from megatron_implicit.conversion.formats import open_model, recognise
     from megatron_implicit.conversion.reference import load_reference_weights
@@ -271,11 +277,13 @@ def _load_foreign(path: Path, precision: str, world_size: int) -> tuple[nn.Modul
     start_model_parallel(config.parallel)
     model = build_model(config, initialise=False)
     load_reference_weights(model, LazyTensors(stored.tensors), str(path))
-    return model, config
+    return model, config, None
 
 
-def _load_checkpoint(path: Path, precision: str, world_size: int) -> tuple[nn.Module, Config]:
+def _load_checkpoint(path: Path, precision: str, world_size: int) -> _Loaded:
     from megatron_implicit.checkpoint import load_model_weights, locate_checkpoint, read_checkpoint_config
+    from megatron_implicit.checkpoint.fingerprint import tokenizer_fingerprint
+    from megatron_implicit.checkpoint.layout import read_state
     from megatron_implicit.models import build_model
 
     step_folder = locate_checkpoint(path)
@@ -283,4 +291,4 @@ def _load_checkpoint(path: Path, precision: str, world_size: int) -> tuple[nn.Mo
     start_model_parallel(config.parallel)
     model = build_model(config, initialise=False)
     load_model_weights(model, step_folder)
-    return model, config
+    return model, config, tokenizer_fingerprint(config, read_state(step_folder))

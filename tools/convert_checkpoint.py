@@ -44,6 +44,7 @@ def main() -> int:
     with counted_progress("converting", "tensors") as report:
         result = convert(source, arguments.target, Path(arguments.output), dtype=arguments.dtype, report=report)
     _print_report(result)
+    _print_tokenizer(source, result)
     if arguments.report:
         text = json.dumps(dataclasses.asdict(result), indent=1)
         Path(arguments.report).write_text(text + "\n", encoding="utf-8")
@@ -90,6 +91,15 @@ def _print_report(result) -> None:
         f"{len(result.unmapped)} not mapped: {result.source} -> {result.output}",
         markup=False,
     )
+
+
+def _print_tokenizer(source, result) -> None:
+    if result.tokenizer is not None:
+        print(f"tokenizer: {result.tokenizer}")
+    elif source.config.data.task == "text":
+        data = source.config.data
+        place = f" or with the data at {data.tokenizer or data.path}" if source.tokenizer_fingerprint else ""
+        print(f"tokenizer: none of this model in {source.folder}{place}: copy it to {result.output}")
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -1,8 +1,9 @@
-"""Which configuration changes a resumed run may make: its training must go on as if it had never stopped."""
+"""Which configuration changes a resumed run may make: its training must go on as if it had never stopped; and which
+tokenizer its data was made with."""
 
 from __future__ import annotations
 
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping, Optional
 
 from megatron_implicit.config import Config, config_to_dict
 from megatron_implicit.errors import CheckpointError
@@ -44,6 +45,21 @@ def refuse_other_model(saved: Config, requested: Config, source: str) -> None:
                 f"{source} holds another model: {key} is {before} there and {after} here; set {key} to {before} or "
                 "load another checkpoint"
             )
+
+
+def tokenizer_fingerprint(config: Config, state: Mapping[str, Any]) -> Optional[str]:
+    """Of the tokenizer that the data of a checkpoint was made with.
+
+    Args:
+        config: the checkpoint's.
+        state: its training state, as ``read_state`` returns it.
+
+    Returns:
+        None of converted weights, which say nothing of their data, and of tasks, which have no tokenizer.
+    """
+    if config.data.task != "text":
+        return None
+    return state.get("data_fingerprint", "").rpartition(":")[2] or None
 
 
 def _differences(saved: Config, requested: Config) -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,7 @@ from typing import Optional
 import torch
 
 from megatron_implicit.conversion.formats import FORMATS, open_model
-from megatron_implicit.conversion.formats.naming import companions
+from megatron_implicit.conversion.handing_on import hand_on_tokenizer
 from megatron_implicit.conversion.implicit_start import start_implicit
 from megatron_implicit.conversion.layout import model_layout
 from megatron_implicit.conversion.stored import StoredModel, check_dtypes, check_shapes, largest_difference
@@ -53,6 +53,8 @@ class ConversionReport:
     mapped: list[MappedTensor] = field(default_factory=list)
     unmapped: dict[str, str] = field(default_factory=dict)
     """Tensors of the source that were not needed, and why."""
+    tokenizer: Optional[str] = None
+    """The tokenizer file that was handed on; None if there was none."""
 
     def layers(self) -> dict[str, list[MappedTensor]]:
         """By layer; what is outside the layers under its first name."""
@@ -90,8 +92,7 @@ def convert(
         str(source.folder), str(output), source.config.model.family, unmapped=dict(source.unmapped)
     )
     with new_folder(output) as partial:
-        for file in companions(source.folder):
-            shutil.copyfile(file, partial / file.name)
+        result.tokenizer = hand_on_tokenizer(source, name, partial)
         FORMATS[name].write(target, partial)
         result.mapped = list(_compare(source, FORMATS[name].open(partial), dtype is None, report))
     result.parameters = sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -59,6 +59,8 @@ class StoredModel:
     """The config.json the model came in with."""
     unmapped: dict[str, str] = field(default_factory=dict)
     """Tensors of the folder that the model does not need, and why."""
+    tokenizer_fingerprint: Optional[str] = None
+    """Of the tokenizer that a run's data was made with; None of any other model."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -25,7 +25,7 @@ from megatron_implicit.data.sampling import Samples
 from megatron_implicit.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_implicit.errors import DataError
 
-__all__ = ["Datasets", "open_datasets", "open_tokenizer", "split_documents"]
+__all__ = ["Datasets", "open_datasets", "open_tokenizer", "split_documents", "tokenizer_file"]
 
 T = TypeVar("T")
 
@@ -46,20 +46,29 @@ class Datasets:
 
 
 def open_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer ``data.tokenizer``, or the one beside the dataset: tokenizer.model or tokenizer.json.
+    """The tokenizer of ``tokenizer_file``.
 
     Raises:
         DataError: there is none, or it cannot be read.
     """
+    return load_tokenizer(tokenizer_file(data))
+
+
+def tokenizer_file(data: DataConfig) -> Path:
+    """The file ``data.tokenizer``, or the one beside the dataset: tokenizer.model or tokenizer.json.
+
+    Raises:
+        DataError: there is none beside the dataset.
+    """
     if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
+        return Path(data.tokenizer)
     folders = [_folder(data.path)]
     if is_blend(data.path):
         folders += [_folder(entry.path) for entry in read_blend(data)]
     for folder in folders:
         for name in ("tokenizer.model", "tokenizer.json"):
             if (folder / name).exists():
-                return load_tokenizer(folder / name)
+                return folder / name
     raise DataError(
         f"no tokenizer.model or tokenizer.json in {folders[0]}; put the dataset's tokenizer there or set data.tokenizer"
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, Iterator, Literal, Optional
 
 import torch
@@ -13,7 +15,9 @@ from megatron_implicit.config import DataConfig
 from megatron_implicit.data.datasets import open_datasets, open_tokenizer
 from megatron_implicit.data.sampling import Batch, Samples, TaskSamples, read_microbatch
 from megatron_implicit.data.tasks import open_task
+from megatron_implicit.data.tokenizers import load_tokenizer
 from megatron_implicit.errors import DataError
+from megatron_implicit.inference.text import TOKENIZER_NAMES, check_tokenizer
 from megatron_implicit.models.parameters import count_parameters
 from megatron_implicit.training.validation import HeldOutLoss, measure_loss
 
@@ -27,16 +31,22 @@ class PerplexityResult:
     family: str
     parameters: int
     """Logical parameters of the whole model."""
+    data: str
+    """Path of the text, or the task."""
+    tokenizer: Optional[str]
+    """Fingerprint of the text's tokenizer; None of a task."""
     split: Split
     sequence_length: int
     sequences: int
     measured: HeldOutLoss
 
-    def as_dict(self) -> dict[str, float | int | str]:
+    def as_dict(self) -> dict[str, float | int | str | None]:
         """For JSON."""
         return {
             "family": self.family,
             "parameters": self.parameters,
+            "data": self.data,
+            "tokenizer": self.tokenizer,
             "split": self.split,
             "sequence_length": self.sequence_length,
             "sequences": self.sequences,
@@ -62,16 +72,20 @@ def measure_perplexity(
     Args:
         lm: a loaded model; its configuration says data, split shares and seed.
         split: validation or test documents.
-        data_path: where the data is now; None takes the configuration's ``data.path``.
+        data_path: where the data is now; None takes the ``data.path`` of the model's run.
         batch_size: sequences at a time; changes nothing but speed.
         max_sequences: measure only the first ones; of a task, which has no end, as many as a validation while training.
         report: called with sequences done and in all.
 
     Raises:
-        DataError: the data is missing, damaged, of another tokenizer, or has no such split.
+        DataError: the data is missing, damaged, of another tokenizer, or has no such split, or a model that comes from
+            no run is to be measured on data that nobody named.
     """
     data = dataclasses.replace(lm.config.data, path=data_path or lm.config.data.path)
-    samples = open_split(lm, data, split) if data.task == "text" else _open_task_split(data, split, lm, max_sequences)
+    is_text = data.task == "text"
+    if data_path is None:
+        refuse_unknown_data(lm, "name some that was made with its tokenizer, with --data-path")
+    samples = open_split(lm, data, split) if is_text else _open_task_split(data, split, lm, max_sequences)
     total = min(len(samples), max_sequences or len(samples))
 
     def batches() -> Iterator[Batch]:
@@ -83,7 +97,39 @@ def measure_perplexity(
     device = next(lm.parameters()).device
     measured = measure_loss(lm.model, batches(), torch.device(device))
     parameters = sum(count.whole for count in count_parameters(lm.model).values())
-    return PerplexityResult(lm.config.model.family, parameters, split, data.sequence_length, total, measured)
+    source, tokenizer = (data.path, open_tokenizer(data).fingerprint) if is_text else (data.task, None)
+    return PerplexityResult(
+        lm.config.model.family, parameters, source, tokenizer, split, data.sequence_length, total, measured
+    )
+
+
+def refuse_unknown_data(lm: PretrainedModel, remedy: str) -> None:
+    """Refuses to take the data that a configuration names by default for that of a model that comes from no run.
+
+    Raises:
+        DataError: nothing is known of the model's data; ends with ``remedy``.
+    """
+    if lm.config.data.task == "text" and lm.tokenizer_fingerprint is None:
+        raise DataError(f"the model brings no data of its own, as a run's checkpoint does: {remedy}")
+
+
+def refuse_other_tokenizer(folder: Path, data_path: str) -> None:
+    """Compares the data that a model is to be measured on with the tokenizer files in the model's folder, if any.
+
+    Raises:
+        DataError: it was made with none of them.
+    """
+    made_with = open_tokenizer(DataConfig(path=data_path)).fingerprint
+    known = {}
+    for file in (folder / name for name in TOKENIZER_NAMES):
+        with contextlib.suppress(DataError):  # missing, or none that data could be made with
+            known[load_tokenizer(file).fingerprint] = file
+    if known and made_with not in known:
+        file = next(iter(known.values()))
+        raise DataError(
+            f"the data at {data_path} was made with another tokenizer (fingerprint {made_with[:12]}) than {file}: "
+            "prepare it with that one (tools/preprocess_data.py), or, if both give the same ids, take the file away"
+        )
 
 
 def _open_task_split(
@@ -101,11 +147,7 @@ def open_split(lm: PretrainedModel, data: DataConfig, split: Split) -> Samples:
         DataError: the data is missing, damaged, of another tokenizer, or has no such split.
     """
     tokenizer = open_tokenizer(data)
-    if tokenizer.vocab_size > lm.config.model.vocab_size:
-        raise DataError(
-            f"the tokenizer at {data.path} has {tokenizer.vocab_size} entries, the model {lm.config.model.vocab_size}: "
-            "point --data-path to the data the model was trained on"
-        )
+    check_tokenizer(lm, tokenizer, f"the tokenizer of {data.path}", "name data made with the model's own")
     wanted = {"validation": 0, "test": 0, split: None}
     datasets = open_datasets(
         data, tokenizer, train_samples=0, validation_samples=wanted["validation"], test_samples=wanted["test"],

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from megatron_implicit.config import Config
 from megatron_implicit.data.tokenizers import Tokenizer
 from megatron_implicit.errors import CapacityError, ConfigError, DataError
 from megatron_implicit.inference.console import GenerationPrinter
@@ -21,13 +20,12 @@ from megatron_implicit.inference.generation import Generation, TokenStream
 from megatron_implicit.inference.prompts import Prompt, read_prompts
 from megatron_implicit.inference.sampling import Sampling
 from megatron_implicit.inference.session import InferenceSession, SolveMode
-from megatron_implicit.inference.text import find_tokenizer
+from megatron_implicit.inference.text import TextModel, find_tokenizer
 
 
-class LoadedModel(Protocol):
+class LoadedModel(TextModel, Protocol):
     """What generating needs of ``api.PretrainedModel``."""
 
-    config: Config
     keeps_cache: bool
 
     def session(self, batch: int, capacity: Optional[int] = None, **solver_overrides: Any) -> InferenceSession:
@@ -81,17 +79,11 @@ class GenerateCommand:
         """The model's; None where only ids are given and there is none."""
         given, ids_only = self.arguments.tokenizer, bool(self.arguments.prompt_ids) and not self.arguments.prompt
         try:
-            tokenizer = find_tokenizer(Path(self.arguments.checkpoint), self.lm.config.data, given)
+            return find_tokenizer(self.lm, Path(self.arguments.checkpoint), given)
         except DataError:
             if given is None and ids_only and not self.arguments.prompt_file:
                 return None
             raise
-        if tokenizer.vocab_size > self.lm.config.model.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model {self.lm.config.model.vocab_size}: "
-                "name the model's own with --tokenizer"
-            )
-        return tokenizer
 
     def generate(self, prompts: list[Prompt]) -> None:
         """Prints what follows each prompt."""

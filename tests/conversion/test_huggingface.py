@@ -14,6 +14,7 @@ import torch
 from megatron_implicit import load_pretrained
 from megatron_implicit.conversion.formats import open_model
 from megatron_implicit.conversion.verify import verify
+from megatron_implicit.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from tests import goldens
 from tests.conversion import folders
 
@@ -173,3 +174,36 @@ def test_an_explicit_model_starts_an_implicit_one(tmp_path: Path) -> None:
         projected = torch.nn.functional.linear(normed, plain.weights[other].weight)
     assert float((bound.injection - projected).abs().max()) <= 1e-5
     assert torch.isfinite(implicit(IDS, max_iterations=8).logits).all()
+
+
+TEXTS = ["the river", "  two  spaces\n\nand 17 lines", "naïve €5 — 日本語 🙂", "\ttab \r\n", "e\u0301 ﬁ \u00a0x", ""]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+def test_auto_tokenizer_gives_the_ids_of_a_tokenizer_that_is_handed_on(tmp_path: Path, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    source = folders.write_reference(tmp_path / "source", "explicit_mamba2")  # of Mamba2 it would build GPT-NeoX's
+    ours = write_tokenizer(source / name)
+    exported = folders.converted(source, "reference", "hf", tmp_path / "exported")
+    assert (exported / name).read_bytes() == (source / name).read_bytes()
+    theirs = AutoTokenizer.from_pretrained(exported)
+    assert [theirs.encode(text) for text in TEXTS] == [ours.encode(text) for text in TEXTS]
+    assert (theirs.decode(ours.encode(TEXTS[2])), theirs.eos_token_id) == (TEXTS[2], ours.eod)
+
+
+def write_tokenizer(path: Path) -> Tokenizer:
+    """A tokenizer of ours, or a byte-level BPE."""
+    words = [f"the {word} of {i}  things\n" for i in range(40) for word in ("house", "river", "sea")]
+    if path.suffix == ".model":
+        return train_sentencepiece(words, path, 300)
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    bpe = tokenizers.Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(words, trainer)
+    bpe.save(str(path))
+    return load_tokenizer(path)

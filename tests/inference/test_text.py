@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
+from megatron_implicit.config import ModelConfig
 from megatron_implicit.data.tokenizers import Tokenizer, train_sentencepiece
 from megatron_implicit.errors import ConfigError, DataError
 from megatron_implicit.inference.console import GenerationPrinter, summary
 from megatron_implicit.inference.generation import GeneratedToken, Generation
 from megatron_implicit.inference.prompts import Prompt, read_prompts
-from megatron_implicit.inference.text import TextStream
+from megatron_implicit.inference.text import TextStream, check_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,13 @@ def test_an_unfinished_character_is_shown_at_the_end(tokenizer: Tokenizer) -> No
     stream = TextStream(tokenizer, [])
     assert "".join(stream.push(token) for token in tokenizer.encode("🙂")[:-1]) == ""
     assert "\ufffd" in stream.flush()
+
+
+def test_a_vocabulary_that_padding_does_not_explain_is_doubted(tokenizer: Tokenizer, one_process: None, capsys) -> None:
+    for rows, warnings in ((1024, 0), (1324, 1)):
+        model = SimpleNamespace(config=SimpleNamespace(model=ModelConfig(vocab_size=rows)), tokenizer_fingerprint=None)
+        check_tokenizer(model, tokenizer, "tokenizer.model", "name another")
+        assert capsys.readouterr().err.count("tokenizer.model has only 300 of the model's 1324 tokens") == warnings
 
 
 def test_prompts_come_as_text_or_ids(tokenizer: Tokenizer) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_implicit import load_pretrained
 from megatron_implicit.conversion.convert import convert, open_source
+from megatron_implicit.data.tokenizers import train_sentencepiece
+from megatron_implicit.errors import DataError
+from megatron_implicit.inference.text import find_tokenizer
 from tests.checkpoint.late_copies import copy_late
 from tests.launch.conftest import Runs, train
 
@@ -178,3 +185,33 @@ def test_a_run_starts_from_converted_weights(runs: Runs, one_process: None) -> N
     assert metrics[0]["validation_loss"] == pytest.approx(held_out, abs=1e-5)
     event = json.loads((runs.folder / "from_weights/events.jsonl").read_text().splitlines()[0])
     assert event["kind"] == "start" and "from the weights of" in event["message"]
+
+
+OTHER_TEXTS = [f"other words, {i} of them, with letters of all kinds: jkqvwxyz" for i in range(90)]
+
+
+def test_an_exported_run_takes_its_tokenizer_along(runs: Runs, one_process: None, tmp_path: Path) -> None:
+    source, data = open_source(runs.folder / "whole", "megatron"), runs.folder / "data"
+    report = convert(source, "hf", tmp_path / "exported")
+    assert report.tokenizer == str(data / "tokenizer.model")
+    assert (tmp_path / "exported/tokenizer.model").read_bytes() == (data / "tokenizer.model").read_bytes()
+    convert(open_source(tmp_path / "exported", "hf"), "megatron", tmp_path / "imported")
+    lm = load_pretrained(tmp_path / "imported")
+    assert find_tokenizer(lm, tmp_path / "imported").fingerprint == source.tokenizer_fingerprint
+
+    shutil.copytree(data, tmp_path / "data")
+    train_sentencepiece(OTHER_TEXTS, tmp_path / "data/tokenizer.model", 320, overwrite=True)
+    moved = dataclasses.replace(source.config.data, path=str(tmp_path / "data"))
+    source = dataclasses.replace(source, config=dataclasses.replace(source.config, data=moved))
+    report = convert(source, "hf", tmp_path / "bare")
+    assert report.tokenizer is None and not list((tmp_path / "bare").glob("tokenizer*")), "that is another one"
+
+
+def test_a_run_takes_the_tokenizer_of_its_data_and_no_other(runs: Runs, one_process: None, tmp_path: Path) -> None:
+    lm = load_pretrained(runs.folder / "whole")
+    assert find_tokenizer(lm, runs.folder / "whole").fingerprint == lm.tokenizer_fingerprint
+    other = tmp_path / "other.model"
+    train_sentencepiece(OTHER_TEXTS, other, 320)
+    with pytest.raises(DataError, match="trained with another tokenizer .* than .*other.model .320 entries") as caught:
+        find_tokenizer(lm, runs.folder / "whole", str(other))
+    assert "name the model's own with --tokenizer" in str(caught.value) and "\n" not in str(caught.value)

@@ -16,6 +16,7 @@ def test_it_converts_verifies_and_reports(work) -> None:
     assert done.returncode == 0, done.stderr
     assert "not mapped: criterion.decoder.weight (repeats the embedding)" in done.stdout
     assert "implicit_mamba2: 42 tensors, 113,872 parameters, 1 not mapped: reference -> hf" in done.stdout
+    assert "tokenizer: none of this model in reference: copy it to hf\n" in done.stdout
     line = done.stdout.splitlines()[-1]
     assert line.startswith("verify: megatron_implicit against transformers on 64 tokens: largest logit difference")
     assert float(line.split()[-1]) <= 1e-5

@@ -155,7 +155,7 @@ def test_bad_input_is_one_line(generate: InProcess, arguments: list[str], messag
 
 def test_a_tokenizer_that_is_not_the_models_is_refused(generate: InProcess, tmp_path: Path) -> None:
     write_letters(tmp_path / "other.json", more=200)
-    with pytest.raises(MegatronImplicitError, match="the tokenizer has 230 tokens and the model 128"):
+    with pytest.raises(MegatronImplicitError, match="other.json has 230 tokens and the model 128"):
         generate.run("--prompt", "a", "--tokenizer", str(tmp_path / "other.json"))
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from megatron_implicit.checkpoint import TrainingState, locate_checkpoint, read_checkpoint_config
+from megatron_implicit.checkpoint.fingerprint import tokenizer_fingerprint
 from megatron_implicit.checkpoint.integrity import verify_manifest, write_manifest
-from megatron_implicit.checkpoint.layout import CONFIG_FILE, MANIFEST_FILE, STATE_FILE, write_durably
+from megatron_implicit.checkpoint.layout import CONFIG_FILE, MANIFEST_FILE, STATE_FILE, read_state, write_durably
 from megatron_implicit.checkpoint.streaming import (
     CheckpointTensors,
     NewTensor,
@@ -53,7 +54,8 @@ def open_folder(folder: Path) -> StoredModel:
     tensors = {name: _joined(name, parts, stored) for name, parts in groups.items()}
     left = len(stored.info) - len(known)
     unmapped = {"optimizer state": f"{left} tensors that only training needs"} if left else {}
-    return StoredModel(folder, "megatron", config, tensors, _read_origin(folder), unmapped)
+    tokenizer = tokenizer_fingerprint(config, read_state(folder))
+    return StoredModel(folder, "megatron", config, tensors, _read_origin(folder), unmapped, tokenizer)
 
 
 def _joined(name: str, parts: list[CheckpointSlice], stored: CheckpointTensors) -> StoredTensor:

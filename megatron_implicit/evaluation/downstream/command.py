@@ -123,7 +123,7 @@ def _open_model(arguments: argparse.Namespace, report: Any) -> HarnessModel:
     }
     how = HowToSolve(arguments.mode, arguments.chunk_size, arguments.window_size, overrides)
     lm = load_pretrained(arguments.checkpoint, dtype=arguments.dtype)
-    tokenizer = find_tokenizer(Path(arguments.checkpoint), lm.config.data, arguments.tokenizer)
+    tokenizer = find_tokenizer(lm, Path(arguments.checkpoint), arguments.tokenizer)
     return HarnessModel(lm, tokenizer, how, arguments.batch_size, arguments.max_length, report)
 
 

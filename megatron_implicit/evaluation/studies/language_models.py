@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_implicit.api import PretrainedModel, load_pretrained
 from megatron_implicit.data.shipped import prepare_shipped_corpus
 from megatron_implicit.errors import ConfigError
-from megatron_implicit.evaluation.perplexity import open_split
+from megatron_implicit.evaluation.perplexity import open_split, refuse_unknown_data
 from megatron_implicit.evaluation.studies.study import StudyContext
 from megatron_implicit.evaluation.studies.training import Training, train_all
 
@@ -101,8 +101,9 @@ def held_out_text(lm: PretrainedModel, tokens: int, sequences: int, split: str =
         sequences: at most.
 
     Raises:
-        DataError: the data is missing, of another tokenizer, or has no such split.
+        DataError: the data is missing, of another tokenizer, or has no such split; or the model comes from no run.
     """
+    refuse_unknown_data(lm, "studies need the checkpoint of a run")
     data = dataclasses.replace(lm.config.data, sequence_length=tokens)
     samples = open_split(lm, data, split)
     picked = [samples[index] for index in range(min(sequences, len(samples)))]

@@ -24,6 +24,7 @@ from megatron_implicit.evaluation.studies import (
     length_extrapolation,
     phantom_gradient,
 )
+from megatron_implicit.data.datasets import open_tokenizer
 from megatron_implicit.evaluation.studies.language_models import TINY, LanguageModels, held_out_text, open_models
 from megatron_implicit.evaluation.studies.word_classes import classify
 from tests.inference.models import random_ids, small_model
@@ -144,6 +145,6 @@ def test_held_out_text_carries_the_label_of_its_last_token(root: Path) -> None:
     lm = small_model("implicit_mamba2")
     data = replace(lm.config.data, path=str(root / "tiny" / "data"), split=[0.9, 0.05, 0.05])
     config = replace(lm.config, model=replace(lm.config.model, vocab_size=4096), data=data)
-    fake = argparse.Namespace(config=config)
+    fake = argparse.Namespace(config=config, tokenizer_fingerprint=open_tokenizer(data).fingerprint)
     short, longer = held_out_text(fake, 8, 4), held_out_text(fake, 16, 2)
     assert short.shape == (4, 9) and longer.shape == (2, 17)
