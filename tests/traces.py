@@ -114,7 +114,7 @@ def train(config: Config, parts: TrainingParts, tokens: torch.Tensor, first_step
     model = parts.model.module
     for step, batch in enumerate(tokens, start=first_step):
         if config.implicit:
-            model.decoder.solver = SolveSettings.training(curriculum.phase((step - 1) * per_step).solver)
+            model.decoder.solver = SolveSettings.training(curriculum.phase(step - 1, (step - 1) * per_step).solver)
         result = runner.run(step, microbatches(config, batch), torch.device("cpu"))
         trace.losses.append(result.loss)
         trace.grad_norms.append(result.grad_norm)

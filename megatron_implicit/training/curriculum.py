@@ -20,13 +20,15 @@ class Curriculum:
     """Phases of a resolved configuration."""
 
     def __init__(self, config: Config) -> None:
-        self._tokens = config.train.tokens
+        self._steps = config.train.steps
+        self._step_tokens = config.train.global_batch_size * config.data.sequence_length
         self._phases: list[tuple[PhaseConfig, Phase]] = [
             (phase, Phase(phase.name, solver_of_phase(config.solver, phase))) for phase in config.curriculum
         ]
 
-    def phase(self, consumed_tokens: int) -> Phase:
-        """The phase of the step that begins after ``consumed_tokens``."""
+    def phase(self, steps: int, consumed_tokens: int) -> Phase:
+        """The phase of the step that begins after so many steps and tokens; a branch may have had steps of other sizes."""
+        whole = consumed_tokens + (self._steps - steps) * self._step_tokens
         # A start is reached when the fraction is, up to the rounding of the fraction itself.
-        fraction = consumed_tokens / self._tokens + 1e-12
+        fraction = consumed_tokens / whole + 1e-12
         return [phase for entry, phase in self._phases if entry.start <= fraction][-1]

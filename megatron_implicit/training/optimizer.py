@@ -52,7 +52,7 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
             OptimizerConfig,
             optimizer="adam",
             lr=optimizer.learning_rate,
-            min_lr=config.schedule.min_learning_rate,
+            min_lr=_lowest_rate(config),
             weight_decay=optimizer.weight_decay,
             adam_beta1=optimizer.beta1,
             adam_beta2=optimizer.beta2,
@@ -66,6 +66,11 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
     )
 
 
+def _lowest_rate(config: Config) -> float:
+    """Where the decay ends; a rate that is lower from the start is not raised."""
+    return min(config.schedule.min_learning_rate, config.optimizer.learning_rate)
+
+
 def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     """Linear warm-up, constant, then lr_min + (lr - lr_min)(1 - sqrt y) over the last share of the run."""
     steps, decay = config.train.steps, config.optimizer
@@ -73,7 +78,7 @@ def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         optimizer,
         init_lr=0.0,
         max_lr=decay.learning_rate,
-        min_lr=min(config.schedule.min_learning_rate, decay.learning_rate),
+        min_lr=_lowest_rate(config),
         lr_warmup_steps=round(config.schedule.warmup_fraction * steps),
         lr_decay_steps=steps,
         lr_decay_style="WSD",

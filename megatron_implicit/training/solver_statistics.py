@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_implicit.comm.reductions import from_last_stage
-from megatron_implicit.solver import SolveTrace
+from megatron_implicit.solver import SolveSettings, SolveTrace
 from megatron_implicit.solver.trace import QUANTILES
 
 from megatron.core import parallel_state  # isort: skip
@@ -32,14 +32,15 @@ OWN_FIELDS = tuple(
 Statistics = dict[str, float | None]
 
 
-def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.device) -> Statistics:
+def solver_statistics(traces: list[SolveTrace], solver: SolveSettings, device: torch.device) -> Statistics:
     """Statistics of a step, the same on all pipeline stages; every rank must call it.
 
     Read where the step waits for the device anyway: they cost one small collective and no wait of their own.
 
     Args:
         traces: of this replica's microbatches, on the last stage, which tells the others.
-        tolerance: of the solves; without one nothing can be unconverged. An unrolled phase has no residuals.
+        solver: of the solves; without a tolerance nothing can be unconverged, nor in an unrolled phase, which solves
+            nothing and has no residuals.
         device: of the collectives.
 
     Returns:
@@ -54,7 +55,7 @@ def solver_statistics(traces: list[SolveTrace], tolerance: float, device: torch.
     if stages.size() > 1:
         values = from_last_stage(values.to(device), stages)
     statistics: Statistics = dict(zip(names, values.tolist()))
-    if not tolerance > 0:
+    if not solver.tolerance > 0 or solver.gradient == "unrolled":
         statistics["unconverged_fraction"] = statistics["own_unconverged_fraction"] = None
     return {name: _number(value) for name, value in statistics.items()}
 

@@ -125,8 +125,8 @@ class StepRunner:
         for repeats in itertools.count():
             measured = self._forward_backward(step, microbatches, device)
             if self._config.implicit:
-                tolerance = self._parts.model.module.decoder.solver.tolerance
-                measured.statistics = solver_statistics(measured.traces, tolerance, device)
+                solver = self._parts.model.module.decoder.solver
+                measured.statistics = solver_statistics(measured.traces, solver, device)
             switch_to("optimizer")
             self._on_gradients(step)
             self._parts.optimizer.prepare_grads()

@@ -110,7 +110,7 @@ class Trainer:
     @property
     def next_phase(self) -> Phase:
         """The phase of the step that comes next."""
-        return self._curriculum.phase(self.state.consumed_tokens)
+        return self._curriculum.phase(self.state.step, self.state.consumed_tokens)
 
     @property
     def interrupted(self) -> bool:

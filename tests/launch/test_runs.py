@@ -124,7 +124,7 @@ def test_a_branch_takes_the_weights_and_its_own_configuration(runs: Runs) -> Non
     assert job.code == 0, job.output
     metrics = runs.metrics("branch")
     assert sorted(metrics) == [7, 8]
-    assert metrics[7]["phase"] == "unrolled"
+    assert metrics[7]["phase"] == "unrolled" and metrics[7]["unconverged_fraction"] is None
     # The decay that begins after step 6 has covered half of its two steps: 1e-5 + (1e-4 - 1e-5)(1 - sqrt 1/2).
     assert metrics[7]["learning_rate"] == pytest.approx(1e-5 + 9e-5 * (1 - 0.5**0.5))
     event = json.loads((runs.folder / "branch/events.jsonl").read_text().splitlines()[0])

@@ -89,7 +89,7 @@ def test_stages_go_on_from_one_another_and_only_the_implicit_model_unrolls() -> 
             stage.steps if name == IMPLICIT else stage.explicit_steps for stage in SIZES["tiny"].stages
         )
         assert all(len(config.curriculum) == 1 for config in configs)
-        phases = [Curriculum(config).phase(0).solver for config in configs]
+        phases = [Curriculum(config).phase(0, 0).solver for config in configs]
         solvers[name] = [(solver.gradient, solver.max_iterations, solver.phantom_damping) for solver in phases]
     assert solvers[IMPLICIT] == [("unrolled", 2, 1.0), ("unrolled", 4, 1.0), ("phantom", 16, 0.8)]
     assert len(set(solvers[EXPLICIT])) == 1
