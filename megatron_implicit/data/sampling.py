@@ -21,6 +21,17 @@ Batch = dict[str, torch.Tensor]
 _DTYPES = {"tokens": torch.int64, "labels": torch.int64, "loss_mask": torch.float32, "position_ids": torch.int64}
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where it is computed with.
+
+    From locked memory a GPU copies when its turn comes. From other memory the host would wait until all that was queued
+    before is done, messages of other pipeline stages included.
+    """
+    if device.type == "cpu":
+        return batch
+    return {name: value.pin_memory().to(device, non_blocking=True) for name, value in batch.items()}
+
+
 class Samples(Protocol):
     """A map-style dataset of dicts of tensors [s]."""
 

@@ -16,7 +16,7 @@ from megatron_implicit.comm.failures import is_lost_peer
 from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.comm.ring import ring_of_layout
 from megatron_implicit.config import Config
-from megatron_implicit.data.sampling import Batch
+from megatron_implicit.data.sampling import Batch, on_device
 from megatron_implicit.errors import DivergedError, MachineError, MegatronImplicitError, NonFiniteIterateError
 from megatron_implicit.schedules import Limits
 from megatron_implicit.schedules.recirculating import RecirculatingSchedule
@@ -154,12 +154,14 @@ class StepRunner:
         def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
             number = next(numbers)
             self._alive(f"step {step}, microbatch {number}")
-            batch = {name: value.to(device) for name, value in next(iterator).items()}
+            batch = on_device(next(iterator), device)
             switch_to("forward")
             losses = _token_losses(model, batch, number)
-            return losses, lambda output: _mean_loss(output, batch["loss_mask"], parts.model.module.decoder.trace)
+            decoder = parts.model.module.decoder  # it has this microbatch's trace only when the loss is asked for
+            return losses, lambda output: _mean_loss(output, batch["loss_mask"], counted, decoder.trace)
 
         try:
+            counted = _mean_counted(microbatches, device)
             reports = self.forward_backward(
                 forward_step_func=forward_step,
                 data_iterator=iter(microbatches),
@@ -241,8 +243,18 @@ def _token_losses(model: Any, batch: Batch, microbatch: int) -> Tensor:
         raise error.at(microbatch=microbatch) from None
 
 
-def _mean_loss(losses: Tensor, mask: Tensor, trace: SolveTrace) -> tuple[Tensor, tuple[Tensor, SolveTrace]]:
-    """Megatron-Core's loss function: mean over counted tokens, and what to report."""
-    loss = (losses.float() * mask).sum() / mask.sum()
+def _mean_counted(microbatches: list[Batch], device: torch.device) -> Tensor:
+    """Tokens that count in a microbatch of the global batch, on average; every rank must call it."""
+    counted = torch.stack([batch["loss_mask"].sum() for batch in microbatches]).sum().to(device)
+    dist.all_reduce(counted, group=parallel_state.get_data_parallel_group())
+    return counted / (len(microbatches) * parallel_state.get_data_parallel_world_size())
+
+
+def _mean_loss(
+    losses: Tensor, mask: Tensor, counted: Tensor, trace: SolveTrace
+) -> tuple[Tensor, tuple[Tensor, SolveTrace]]:
+    """Megatron-Core's loss function, and what to report. Its mean over microbatches and replicas, which is made later, is
+    the mean over the tokens of the global batch, however many of them count in each microbatch."""
+    loss = (losses.float() * mask).sum() / counted
     switch_to("backward")  # the schedule's next act
     return loss, (loss.detach().clone(), trace)  # the schedule divides the loss in place

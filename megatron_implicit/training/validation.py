@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_implicit.comm.reductions import from_last_stage
-from megatron_implicit.data.sampling import Batch
+from megatron_implicit.data.sampling import Batch, on_device
 from megatron_implicit.solver import SolveTrace
 
 from megatron.core import parallel_state  # isort: skip
@@ -56,7 +56,7 @@ def measure_loss(
 
     def forward_step(iterator: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
         alive("a batch of the validation")
-        batch = {name: value.to(device) for name, value in next(iterator).items()}
+        batch = on_device(next(iterator), device)
         losses = model(batch["tokens"], None, None, labels=batch["labels"])
         return losses, lambda output: (output.mean(), _sums(output, batch["loss_mask"], decoder.trace))
 
