@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 from pathlib import Path
-from typing import Any, Literal, Optional, Sequence, get_args
+from typing import Any, Iterator, Literal, Optional, Sequence, get_args
 
 import torch
 from torch import Tensor, nn
@@ -81,10 +82,10 @@ class PretrainedModel(nn.Module):
             input_ids = padding.to_the_end(input_ids)
         self.check_ids(input_ids)
         solve_mode = self._mode(mode, chunk_size, window_size, residual_norm)
-        self._set_solver(residual_norm, solver_overrides)
+        with self._solving(residual_norm, solver_overrides):
+            out = evaluate(self.model, input_ids, solve_mode, padding.lengths if padding is not None else None)
         if padding is None:
-            return evaluate(self.model, input_ids, solve_mode)
-        out = evaluate(self.model, input_ids, solve_mode, padding.lengths)
+            return out
         trace = out.trace if mode == "simultaneous" else out.trace.map(padding.back)
         return ModelOutput(padding.back(out.logits), padding.back(out.hidden), trace)
 
@@ -100,8 +101,8 @@ class PretrainedModel(nn.Module):
             ConfigError: an unknown override.
         """
         self._refuse_training("a session")
-        self._set_solver("sample", solver_overrides)
-        return InferenceSession(self.model, batch, capacity)
+        with self._solving("sample", solver_overrides):
+            return InferenceSession(self.model, batch, capacity)
 
     def generate(
         self,
@@ -179,20 +180,34 @@ class PretrainedModel(nn.Module):
         if self.config.parallel.sequence:
             raise ConfigError(f"{what} passes states on and cannot shard the sequence: set parallel.sequence=false")
 
-    def _set_solver(self, norm: ResidualNorm, overrides: dict[str, Any]) -> None:
+    @contextlib.contextmanager
+    def _solving(self, norm: ResidualNorm, overrides: dict[str, Any]) -> Iterator[None]:
+        """The decoder with the settings of one call; what else uses it finds those it had."""
+        settings, decoder = self._settings(norm, overrides), self.model.decoder
+        if settings is None:
+            yield
+            return
+        name = "solver" if self.training else "inference"
+        before = getattr(decoder, name)
+        setattr(decoder, name, settings)
+        try:
+            yield
+        finally:
+            setattr(decoder, name, before)
+
+    def _settings(self, norm: ResidualNorm, overrides: dict[str, Any]) -> Optional[SolveSettings]:
+        """Of a call; None of an explicit model."""
         if not self.config.implicit:
             if overrides:
                 raise ConfigError(f"{self.config.model.family} has no solver to override: drop {', '.join(overrides)}")
-            return
+            return None
         if norm not in get_args(ResidualNorm):
             raise ConfigError(f"residual_norm={norm!r} is unknown: use one of {', '.join(get_args(ResidualNorm))}")
         if norm == "token" and self.config.parallel.sequence:
             raise ConfigError("residual_norm='token' needs whole sequences on each rank: set parallel.sequence=false")
-        decoder = self.model.decoder
         if self.training:
-            decoder.solver = SolveSettings.training(override(self.config.solver, overrides), norm=norm)
-        else:
-            decoder.inference = SolveSettings.inference(override(self.config.inference, overrides), norm=norm)
+            return SolveSettings.training(override(self.config.solver, overrides), norm=norm)
+        return SolveSettings.inference(override(self.config.inference, overrides), norm=norm)
 
 
 def load_pretrained(

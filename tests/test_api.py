@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from megatron_implicit import load_pretrained
 from megatron_implicit.errors import CheckpointError, ConfigError
+from megatron_implicit.training.validation import measure_loss
 from tests import goldens
 
 
@@ -80,6 +81,15 @@ def test_solver_overrides_carry_the_configurations_names(lm) -> None:
     assert out.trace.evaluations.tolist() == [4, 4]
     assert lm.eval()(IDS, max_iterations=3, tolerance=0.0).trace.evaluations.tolist() == [2, 2]
     assert lm(IDS).trace.evaluations.tolist() != [2, 2], "an override must not outlive its call"
+
+
+def test_overrides_do_not_reach_a_later_measurement(lm) -> None:
+    """Validation and the perplexity of an evaluation call the model's decoder, not ``lm``."""
+    batch = {"tokens": IDS, "labels": IDS, "loss_mask": torch.ones(IDS.shape)}
+    expected = measure_loss(lm.model, [batch], torch.device("cpu"))
+    lm(IDS, max_iterations=2, residual_norm="token")
+    lm.session(2, max_iterations=3)
+    assert measure_loss(lm.model, [batch], torch.device("cpu")) == expected
 
 
 def test_tight_solves_agree_over_modes_and_with_the_float64_fixed_point(lm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
@@ -69,6 +70,16 @@ def verify_manifest(folder: Path) -> None:
 def measure_file(path: Path) -> FileEntry:
     """Size and checksum of a file; it is on disk when this returns."""
     return _measure(path, sync=True)
+
+
+def identify(folder: Path) -> str:
+    """A short name of what a model's folder holds, wherever it lies: of its manifest, or else of all of its files."""
+    manifest = folder / MANIFEST_FILE
+    if manifest.is_file():
+        contents = manifest.read_bytes()
+    else:
+        contents = json.dumps({name: _measure(folder / name) for name in _files(folder)}, sort_keys=True).encode()
+    return hashlib.sha256(contents).hexdigest()[:12]
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, FileEntry], Optional[str]]:

@@ -33,8 +33,9 @@ class _WindowDriver:
         self._session, self._window = session, window
         self._remaining = [tokens] * batch if lengths is None else list(lengths)
         self.solve = WindowSolve(
-            session.settings, window, self._remaining, embedding.shape[-1], embedding.device, session.decoder.reduce
-        )
+            session.settings, window, self._remaining, embedding.shape[-1], embedding.device, session.decoder.reduce,
+            tokens,
+        )  # fmt: skip
         # One row more than there are tokens: what is not accepted is written there.
         self.hidden = torch.zeros(tokens + 1, batch, embedding.shape[-1], device=embedding.device)
         self._over_window: Optional[Callable[[Tensor], Tensor]] = None

@@ -19,16 +19,16 @@ def attention(
         k, v: [t, b, m, d] keys and values, t >= s; with m < n heads, each serves n / m consecutive query heads.
         scale: factor of the scores; None is 1 / √d.
         visible: [b, s, t] bool, the keys that each query sees where samples stand at different positions; every query
-            must see one. None: the queries are at the last s positions.
+            must see one. Where every sample ends in padding, t may be below s. None: queries at the last s positions.
 
     Returns:
         [s, b, n, d] in q's dtype.
 
     Raises:
-        ValueError: fewer keys than queries, or heads that do not divide.
+        ValueError: fewer keys than queries without ``visible``, or heads that do not divide.
     """
     (s, _, n, _), (t, _, m, _) = q.shape, k.shape
-    if t < s or n % m or k.shape != v.shape:
+    if (t < s and visible is None) or n % m or k.shape != v.shape:
         raise ValueError(
             "attention takes q[s, b, n, d] and k, v[t, b, m, d] with t >= s and n a multiple of m; got "
             f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"

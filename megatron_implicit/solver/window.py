@@ -9,7 +9,7 @@ at the back. Its stopping rule, damping and statistics are ``FixedPointSolve``'s
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Sequence
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -39,11 +39,12 @@ class WindowSolve(FixedPointSolve):
         width: h.
         device: of the iterate.
         reduce: sums of squares [2, w, b] -> the same numbers on all ranks that share the iterate.
+        tokens: s of the batch, padding included; None is the longest sample's.
     """
 
     def __init__(
         self, settings: SolveSettings, window: int, lengths: Sequence[int], width: int, device: torch.device,
-        reduce: Reduce = lambda sums: sums,
+        reduce: Reduce = lambda sums: sums, tokens: Optional[int] = None,
     ) -> None:  # fmt: skip
         self.fronts = torch.zeros(len(lengths), dtype=torch.long, device=device)
         """[b] position of each sample's front."""
@@ -51,7 +52,7 @@ class WindowSolve(FixedPointSolve):
         """Leading tokens of the window that the current OUTPUT decision accepts, by sample."""
         self._lengths = torch.tensor(lengths, device=device)
         self._offsets = torch.arange(window, device=device)[:, None]
-        self._total = max(lengths)
+        self._total = max(lengths) if tokens is None else tokens
         start = torch.zeros(window, len(lengths), width, device=device)
         super().__init__(replace(settings, stop="batch"), start, reduce, self._present())
         self._front_since = torch.zeros_like(self.fronts)

@@ -94,6 +94,26 @@ def test_companions_and_padding_change_no_sample(kind: str, mode: dict[str, Any]
             assert out.logits[i].abs().sum(-1).count_nonzero() == length
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
+def test_a_batch_in_which_every_sample_is_padded(kind: str, mode: dict[str, Any]) -> None:
+    """Less than a chunk or window of tokens, on either side of the padding."""
+    lm, ids = small_model(kind), random_ids(2, 3)
+    alone = [lm(ids[i : i + 1, :length], **mode) for i, length in enumerate((3, 2))]
+    for starts in ((0, 0), (7, 8), (4, 5)):
+        mask, batch = torch.zeros(2, 10, dtype=torch.long), torch.full((2, 10), 77)
+        for i, (start, length) in enumerate(zip(starts, (3, 2))):
+            mask[i, start : start + length], batch[i, start : start + length] = 1, ids[i, :length]
+        out = lm(batch, attention_mask=mask, **mode)
+        for i, (start, length) in enumerate(zip(starts, (3, 2))):
+            here = slice(start, start + length)
+            assert distance(out.logits[i, here], alone[i].logits[0]) <= 1e-5
+            assert out.logits[i].abs().sum(-1).count_nonzero() == length
+            if mode["mode"] != "simultaneous":
+                assert out.trace.evaluations.shape == (2, 10)
+                assert torch.equal(out.trace.evaluations[i, here], alone[i].trace.evaluations[0])
+
+
 @pytest.mark.parametrize("family", goldens.IMPLICIT)
 @pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
 def test_companions_change_no_sample_of_a_golden_model(family: str, mode: dict[str, Any]) -> None:
@@ -143,6 +163,17 @@ def test_a_session_goes_on_where_it_was(kind: str) -> None:
     assert session.positions == [10, 9]
     for row, sample, last in ((0, 1, 9), (1, 2, 8)):
         assert distance(third.last[row], whole.hidden[sample, last]) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_takes_segments_that_are_shorter_than_their_row(kind: str) -> None:
+    lm, ids = small_model(kind), random_ids(2, 12)
+    whole, session = lm(ids, **tight(kind)), lm.session(2, 12, **tight(kind))
+    session.advance(ids[:, :3])
+    second = session.advance(ids[:, 3:10], [1, 2])
+    assert session.positions == [4, 5]
+    for i, last in enumerate((3, 4)):
+        assert distance(second.last[i], whole.hidden[i, last]) <= 1e-4
 
 
 def test_states_of_mamba2_do_not_grow_and_caches_are_allocated_once() -> None:

@@ -69,7 +69,9 @@ def run_study(name: str, arguments: argparse.Namespace) -> int:
     """Runs one study, or shows what it found before, and rewrites the report."""
     module, settings = _open(name, arguments.size)
     context = _context(name, settings, arguments)
-    result, seconds, _ = _run(module, settings, context)
+    result, seconds, fresh = _run(module, settings, context)
+    if not fresh:
+        print(f"from before: {context.folder} holds this study's results; remove it to measure again", flush=True)
     _show(module.TITLE, result, seconds, context.folder)
     if arguments.checkpoint is None:
         _write_report(arguments)
@@ -99,11 +101,21 @@ def _open(name: str, size: str) -> tuple[Any, Any]:
 def _context(name: str, settings: Any, arguments: argparse.Namespace) -> StudyContext:
     root = arguments.output / arguments.size
     if arguments.checkpoint is not None:  # a model of the user's own: its results never stand for the study's
-        root = root / "checkpoints" / arguments.checkpoint.resolve().name
+        root = root / "checkpoints" / _name_of(arguments.checkpoint)
     return StudyContext(
         name, arguments.size, root, _workers(arguments.workers), lambda line: print(f"      {line}", flush=True),
         arguments.checkpoint, settings_mark(settings),
     )  # fmt: skip
+
+
+def _name_of(checkpoint: Path) -> str:
+    """Of a model's results: by what it holds, since runs in different folders share names and a run goes on."""
+    from megatron_implicit.checkpoint import locate_checkpoint
+    from megatron_implicit.checkpoint.integrity import identify
+    from megatron_implicit.conversion.formats import recognise
+
+    foreign = checkpoint.is_dir() and recognise(checkpoint) not in (None, "megatron")
+    return f"{checkpoint.resolve().name}-{identify(checkpoint if foreign else locate_checkpoint(checkpoint))}"
 
 
 def _workers(wanted: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -95,6 +96,8 @@ def verdict(met: Mapping[str, bool]) -> str:
 def held_out_text(lm: PretrainedModel, tokens: int, sequences: int, split: str = "validation") -> Tensor:
     """Packed held-out documents, [sequences, tokens + 1]; fewer sequences where the split has no more.
 
+    The one sample that a split's end fills up with padding is left out: these are texts, every token of which counts.
+
     Args:
         lm: its configuration says data, split shares and seed.
         tokens: of a sequence, not counting the label of its last one.
@@ -106,6 +109,6 @@ def held_out_text(lm: PretrainedModel, tokens: int, sequences: int, split: str =
     refuse_unknown_data(lm, "studies need the checkpoint of a run")
     data = dataclasses.replace(lm.config.data, sequence_length=tokens)
     samples = open_split(lm, data, split)
-    picked = [samples[index] for index in range(min(sequences, len(samples)))]
-    rows = [torch.cat((sample["tokens"], sample["labels"][-1:])) for sample in picked]
+    whole = (sample for sample in map(samples.__getitem__, range(len(samples))) if sample["loss_mask"].all())
+    rows = [torch.cat((sample["tokens"], sample["labels"][-1:])) for sample in islice(whole, sequences)]
     return torch.stack(rows).long()

@@ -8,9 +8,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Callable
 
 import pytest
 
+from megatron_implicit.checkpoint.integrity import write_manifest
 from megatron_implicit.errors import ConfigError, MachineError
 from megatron_implicit.evaluation.studies import Figure, StudyContext, StudyResult, Table, command
 from megatron_implicit.evaluation.studies.figures import COLOURS, drawing
@@ -89,10 +91,43 @@ def test_a_study_with_other_settings_is_run_again(tmp_path: Path, counting: Coun
     assert json.loads((tmp_path / "tiny" / "counting" / "result.json").read_text())["numbers"]["values"] == [0, 1, 2, 3]
 
 
-def test_a_model_of_the_users_own_does_not_stand_for_the_study(tmp_path: Path, counting: Counting) -> None:
-    command.run_study("counting", arguments(tmp_path, "--checkpoint", "runs/mine"))
+def _checkpoint(folder: Path, contents: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "weights").write_text(contents)
+    write_manifest(folder, {})
+    return folder
+
+
+def _reference_folder(folder: Path, contents: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}')
+    (folder / "model.safetensors").write_text(contents)
+    return folder
+
+
+@pytest.mark.parametrize("make", [_checkpoint, _reference_folder])
+def test_a_model_of_the_users_own_is_known_by_what_it_holds(
+    make: Callable[[Path, str], Path], tmp_path: Path, counting: Counting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither for the study's own models nor for another one in a folder of the same name."""
+    for number, (folder, contents) in enumerate((("a", "one"), ("b", "two"), ("a", "later")), start=1):
+        path = make(tmp_path / folder / "mine", contents)
+        command.run_study("counting", arguments(tmp_path, "--checkpoint", str(path)))
+        assert counting.measured == number and "from before" not in capsys.readouterr().out
+    moved = make(tmp_path / "c" / "mine", "two")
+    command.run_study("counting", arguments(tmp_path, "--checkpoint", str(moved)))
+    assert counting.measured == 3 and "from before" in capsys.readouterr().out
     assert not (tmp_path / "tiny" / "counting").exists()
-    assert (tmp_path / "tiny" / "checkpoints" / "mine" / "counting" / "result.json").is_file()
+    assert len(list((tmp_path / "tiny" / "checkpoints").glob("mine-*/counting/result.json"))) == 3
+
+
+def test_a_study_shown_again_says_that_it_was_measured_before(
+    tmp_path: Path, counting: Counting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.run_study("counting", arguments(tmp_path))
+    assert "from before" not in capsys.readouterr().out
+    command.run_study("counting", arguments(tmp_path))
+    assert f"from before: {tmp_path / 'tiny' / 'counting'} holds" in capsys.readouterr().out
 
 
 def test_a_size_that_is_not_there_is_refused(tmp_path: Path, counting: Counting) -> None:

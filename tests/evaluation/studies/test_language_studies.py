@@ -14,6 +14,7 @@ import torch
 from megatron_implicit.data.shipped import prepare_shipped_corpus
 from megatron_implicit.data.tokenizers import load_tokenizer
 from megatron_implicit.errors import ConfigError
+from megatron_implicit.evaluation.perplexity import open_split
 from megatron_implicit.evaluation.studies import (
     StudyContext,
     adaptive_compute,
@@ -141,10 +142,25 @@ def test_the_studies_run_from_training_to_report(root: Path, monkeypatch: pytest
     assert (root / "tiny" / "report.html").stat().st_size > 100_000
 
 
-def test_held_out_text_carries_the_label_of_its_last_token(root: Path) -> None:
+def _model_of_the_corpus(root: Path) -> argparse.Namespace:
     lm = small_model("implicit_mamba2")
     data = replace(lm.config.data, path=str(root / "tiny" / "data"), split=[0.9, 0.05, 0.05])
     config = replace(lm.config, model=replace(lm.config.model, vocab_size=4096), data=data)
-    fake = argparse.Namespace(config=config, tokenizer_fingerprint=open_tokenizer(data).fingerprint)
-    short, longer = held_out_text(fake, 8, 4), held_out_text(fake, 16, 2)
+    return argparse.Namespace(config=config, tokenizer_fingerprint=open_tokenizer(data).fingerprint)
+
+
+def test_held_out_text_carries_the_label_of_its_last_token(root: Path) -> None:
+    lm = _model_of_the_corpus(root)
+    short, longer = held_out_text(lm, 8, 4), held_out_text(lm, 16, 2)
     assert short.shape == (4, 9) and longer.shape == (2, 17)
+
+
+def test_held_out_text_leaves_out_what_is_filled_up_with_padding(root: Path) -> None:
+    lm = _model_of_the_corpus(root)
+    samples = open_split(lm, replace(lm.config.data, sequence_length=512), "validation")
+    padded = [index for index in range(len(samples)) if not samples[index]["loss_mask"].all()]
+    assert len(padded) == 1 and padded[0] < len(samples) - 1
+    rows = held_out_text(lm, 512, len(samples))
+    assert len(rows) == len(samples) - 1
+    for row, index in zip(rows, (index for index in range(len(samples)) if index not in padded)):
+        assert torch.equal(row[:-1], samples[index]["tokens"])
