@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import enum
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Optional, Sequence
 
@@ -16,6 +16,9 @@ import torch.distributed as dist
 
 from megatron_implicit.device import current_platform
 from megatron_implicit.errors import LaunchError
+
+LINKS = 4
+"""Of a stage: to and from either neighbour."""
 
 
 class Direction(enum.IntEnum):
@@ -76,18 +79,9 @@ class Ring:
 
     def warm(self, device: torch.device) -> None:
         """Sends one element over every link, one after another: NCCL connects at the first use, and both ends must
-        come to it in the same order.
-
-        Raises:
-            LaunchError: the device would hold computation up behind transfers that wait for their other end.
-        """
+        come to it in the same order."""
         staged = dist.get_backend(self.outgoing(Direction.FORWARD)) == "gloo"
         device = torch.device("cpu") if staged else device
-        if device.type != "cpu" and os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-            raise LaunchError(
-                "CUDA_DEVICE_MAX_CONNECTIONS=1 holds computation up behind transfers between pipeline stages, until "
-                "they hang: set it to 8, or parallel.pipeline_transport=host"
-            )
         for direction in Direction:
             for sender in range(self.stages):
                 token = torch.zeros(1, device=device)
@@ -97,6 +91,27 @@ class Ring:
                     dist.recv(token, self.ranks[sender], group=self.incoming(direction))
         if device.type != "cpu":
             current_platform().synchronize()
+
+
+def refuse_few_queues(environment: Mapping[str, str]) -> None:
+    """For payloads that do not pass through host memory: every link of a stage needs a queue of the device.
+
+    A transfer waits for its other end. On one queue a stage's receive would wait behind its own send, and so on round
+    the ring.
+
+    Args:
+        environment: variables of this process. What they leave unset is the driver's default, which suffices.
+
+    Raises:
+        LaunchError: they allow the device fewer queues than a stage has links.
+    """
+    name = current_platform().queues_variable
+    value = environment.get(name, "") if name else ""
+    if value.isdigit() and int(value) < LINKS:
+        raise LaunchError(
+            f"{name}={value} holds work up behind transfers between pipeline stages, until they hang: set it to 8, or "
+            "parallel.pipeline_transport=host"
+        )
 
 
 def make_ring(
