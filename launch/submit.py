@@ -56,13 +56,8 @@ def main() -> int:
     """Submits, or prints."""
     if sys.argv[1:2] and sys.argv[1] in TOOLS:
         return _submit_tool(sys.argv[1], sys.argv[2:])
-    parser = _parser()
-    options, overrides = parser.parse_known_args()
-    unknown = next(
-        (word for word in overrides if word.startswith("--") and "." not in word and word != "--curriculum"), None
-    )
-    if unknown:
-        parser.error(f"unrecognized argument {unknown}")
+    own, overrides = _set_apart(sys.argv[1:])
+    options = _parser().parse_args(own)
     cluster = read_cluster(options.cluster)
     runs_folder = Path(cluster.runs or ROOT / "runs").expanduser().resolve()
     submission = (
@@ -104,6 +99,21 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--update-code", action="store_true", help="go on with today's code instead of the run's")
     return parser
+
+
+def _set_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(this program's words, launch/pretrain.py's keys with their values), for '--key value' and '--key=value'."""
+    own, overrides, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        key, given, _ = word.partition("=")
+        if not key.startswith("--") or not ("." in key or key == "--curriculum"):
+            own.append(word)
+            continue
+        overrides.append(word)
+        if not given and left and not left[0].startswith("--"):
+            overrides.append(left.pop(0))
+    return own, overrides
 
 
 def _count(text: str) -> int:

@@ -189,12 +189,30 @@ def test_an_array_s_tasks_get_a_point_each(cluster_file: Path, tmp_path: Path) -
         assert f"{tmp_path}/runs/rates/learning_rate={rate}" in words
 
 
+@pytest.mark.parametrize("key", [["--data.stories", "/scratch/catbabi"], ["--data.stories=/scratch/catbabi"]])
+def test_the_sweep_of_the_readme_with_its_key_in_either_spelling(cluster_file: Path, key: list[str]) -> None:
+    sweep = "SLURM/sweeps/catbabi.yaml"
+    command = f"bash SLURM/submit.sh --sweep {sweep} --data.stories /scratch/catbabi --dry-run"
+    assert command in (REPOSITORY / "SLURM" / "README.md").read_text()
+    done = submit("--sweep", REPOSITORY / sweep, *key, "--dry-run", "--cluster", cluster_file)
+    assert done.returncode == 0 and done.stdout.count(shlex.join(key)) == 8, done.stderr
+
+
+def test_keys_may_stand_before_the_preset(cluster_file: Path) -> None:
+    phases = "[{name: bounded, start: 0.0, max_iterations: 4}]"
+    for key in (["--curriculum", phases], [f"--curriculum={phases}"]):
+        done = submit(*key, "implicit_mamba2_tiny", "--dry-run", "--cluster", cluster_file)
+        assert done.returncode == 0 and "# phases: bounded (4+" in done.stdout, done.stderr
+    done = submit("implicit_mamba2_tiny", "--cluster", cluster_file, "--data.path", "--dry-run")
+    assert done.returncode == 2 and "data.path" in done.stderr, "an option is no key's value"
+
+
 def test_what_cannot_run_is_refused_before_it_is_submitted(cluster_file: Path) -> None:
     for arguments, words in (
         (["implicit_mamba2_huge"], "implicit_mamba2_huge: neither a file nor a preset (catbabi_"),
         (["implicit_mamba2_tiny", "--parallel.tensor", "2"], "needs a multiple of 2 processes, but the job has 1"),
         (["implicit_mamba2_tiny", "--train.stps", "2"], "unknown configuration key 'train.stps'"),
-        (["implicit_mamba2_tiny", "--dry-rum"], "unrecognized argument --dry-rum"),
+        (["implicit_mamba2_tiny", "--dry-rum"], "unrecognized arguments: --dry-rum"),
         (["--chain", "0"], "0 must be a number above 0"),
         ([], "name a preset, or --sweep FILE"),
     ):
