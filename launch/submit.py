@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 from launch.slurm.cluster import Cluster, read_cluster  # noqa: E402
 from launch.slurm.runs import Branch, Run, bounded_only, find_config, plan_run  # noqa: E402
 from launch.slurm.script import JobScript, resources  # noqa: E402
-from launch.slurm.snapshot import keep_code  # noqa: E402
+from launch.slurm.snapshot import keep_code, take_back  # noqa: E402
 from launch.slurm.summary import describe  # noqa: E402
 from launch.slurm.sweep import read_sweep  # noqa: E402
 from megatron_implicit.cli import CommandParser, run_command  # noqa: E402
@@ -69,9 +69,15 @@ def main() -> int:
     if options.dry_run:
         print(text, end="")
         return 0
-    _keep(submission, text, cluster, update_code=options.update_code)
-    for job in _submit(submission, options.chain):
-        print(f"job {job}: {submission.script.name} in {submission.folder}")
+    new_code, jobs = _keep(submission, text, cluster, update_code=options.update_code), 0
+    try:
+        for job in _submit(submission, options.chain):
+            print(f"job {job}: {submission.script.name} in {submission.folder}", flush=True)
+            jobs += 1
+    except LaunchError:
+        if new_code and not jobs:
+            take_back(submission.code)  # or the next submission would run it, whatever has changed meanwhile
+        raise
     return 0
 
 
@@ -197,27 +203,28 @@ def _config_of(run: Run, folder: Path) -> str:
     return run.config_file.stem if run.is_preset else str(folder / "slurm" / run.config_file.name)
 
 
-def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: bool) -> None:
-    """Writes everything the job needs into the run's folder."""
+def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: bool) -> bool:
+    """Writes everything the job needs into the run's folder; returns whether the code is new there."""
     for folder in ("logs", "slurm"):
         (submission.folder / folder).mkdir(parents=True, exist_ok=True)
-    keep_code(ROOT, submission.code, update=update_code)
+    new_code = keep_code(ROOT, submission.code, update=update_code)
     shutil.copyfile(cluster.path, submission.folder / "slurm" / "cluster.env")
     run = submission.runs[0]
     if not run.is_preset:
         shutil.copyfile(run.config_file, _config_of(run, submission.folder))
     (submission.folder / "slurm" / "job.sbatch").write_text(text, encoding="utf-8")
+    return new_code
 
 
-def _submit(submission: Submission, chain: int) -> list[str]:
-    """Job numbers. No two jobs of a run go at once; a job of a chain starts when the one before did not end well."""
-    script, jobs = submission.folder / "slurm" / "job.sbatch", []
+def _submit(submission: Submission, chain: int) -> Iterator[str]:
+    """Job numbers, each as sbatch accepts it. No two jobs of a run go at once; a job of a chain starts when the one before did not end well."""
+    script, job = submission.folder / "slurm" / "job.sbatch", None
     array = len(submission.runs) > 1
     for _ in range(chain):
-        after = f"afternotok:{jobs[-1]},singleton" if jobs else "singleton"
+        after = f"afternotok:{job},singleton" if job else "singleton"
         dependency = [] if array else [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
-        jobs.append(_sbatch(*dependency, str(script)))
-    return jobs
+        job = _sbatch(*dependency, str(script))
+        yield job
 
 
 def _sbatch(*arguments: str, script: str | None = None) -> str:

@@ -142,9 +142,10 @@ def test_cluster_settings_come_from_the_file_alone(tmp_path: Path, monkeypatch: 
         read_cluster(tmp_path / "nothing.env")
 
 
-def submit(*arguments: object) -> subprocess.CompletedProcess[str]:
+def submit(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(REPOSITORY / "SLURM" / "submit.sh"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
@@ -234,3 +235,30 @@ def test_the_code_is_kept_with_the_run_and_replaced_only_on_demand(tmp_path: Pat
     assert (target / "tools" / "a.py").read_text() == "2"
     assert (tmp_path / "code.1" / "tools" / "a.py").read_text() == "1"
     assert (target / "VERSION").read_text().strip()
+
+
+def test_a_refused_submission_leaves_no_code_that_the_next_would_run(cluster_file: Path, tmp_path: Path) -> None:
+    accepts, sbatch = tmp_path / "accepts", tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(  # a Slurm that accepts as many jobs as the file says
+        f"#!/bin/bash\nleft=$(cat {accepts})\n((left > 0)) || {{ echo 'sbatch: error: no account' >&2; exit 1; }}\n"
+        f"echo $((left - 1)) >{accepts}\necho $((100 - left))\n"
+    )
+    sbatch.chmod(0o755)
+    code = tmp_path / "runs" / "explicit_llama_tiny" / "code"
+
+    def submit_with(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+        accepts.write_text(str(count))
+        path = f"{sbatch.parent}:{os.environ['PATH']}"
+        return submit("explicit_llama_tiny", "--cluster", cluster_file, *arguments, PATH=path)
+
+    refused = submit_with(0)
+    assert (refused.returncode, refused.stderr) == (1, "error: sbatch refuses the job: sbatch: error: no account\n")
+    assert not code.exists()
+    half_a_chain = submit_with(1, "--chain", 2)
+    assert half_a_chain.returncode == 1 and half_a_chain.stdout.startswith("job 99: ") and code.is_dir()
+    (code / "VERSION").write_text("the first job's")
+    assert submit_with(0, "--update-code").returncode == 1
+    assert (code / "VERSION").read_text() == "the first job's" and len(list(code.parent.glob("code*"))) == 1
+    assert submit_with(1, "--update-code").returncode == 0
+    assert (code / "VERSION").read_text() != "the first job's" and code.with_name("code.1").is_dir()
