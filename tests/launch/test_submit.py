@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.slurm.cluster import read_cluster
+from launch.slurm.cluster import is_time_limit, read_cluster
 from launch.slurm.runs import Branch, bounded_only, find_config, plan_run
 from launch.slurm.snapshot import keep_code
 from launch.slurm.sweep import read_sweep
@@ -215,11 +215,48 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(cluster_file: Path) -
         (["implicit_mamba2_tiny", "--train.stps", "2"], "unknown configuration key 'train.stps'"),
         (["implicit_mamba2_tiny", "--dry-rum"], "unrecognized arguments: --dry-rum"),
         (["--chain", "0"], "0 must be a number above 0"),
+        (["implicit_mamba2_tiny", "--time", "forever"], "forever must be minutes, M:S, H:M:S, D-H"),
         ([], "name a preset, or --sweep FILE"),
     ):
         done = submit(*arguments, "--cluster", cluster_file)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (arguments, done.stderr)
     assert not (cluster_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["evaluate"], "the following arguments are required: NAME"),
+        (["evaluate", "nope"], "argument NAME: invalid choice: 'nope'"),
+        (["evaluate", "perplexity"], "the following arguments are required: --checkpoint"),
+        (["evaluate", "perplexity", "--checkpoint", "R", "--split", "tset"], "argument --split: invalid choice: 'tset'"),
+        (["evaluate", "perplexity", "--checkpoint", "R", "--cluster"], "argument --cluster: expected one argument"),
+        (["convert"], "the following arguments are required: --from, --to, --input, --output"),
+        (["convert", "--from", "hf", "--to", "gguf"], "argument --to: invalid choice: 'gguf'"),
+    ],
+)
+def test_a_tool_s_wrong_arguments_are_refused_before_it_waits_in_the_queue(arguments: list[str], words: str) -> None:
+    done = submit(*arguments[:1], "--dry-run", *arguments[1:])
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr and f"(see submit.sh {arguments[0]}" in done.stderr, done.stderr
+
+
+def test_a_tool_gets_the_words_it_was_given(cluster_file: Path) -> None:
+    words = ["perplexity", "--checkpoint", "a run", "--split", "test"]
+    done = submit("evaluate", *words, "--dry-run", "--cluster", cluster_file)
+    assert done.returncode == 0 and f"set -- {shlex.join(words)}\n" in done.stdout, done.stderr
+    assert submit("convert", "--help").stdout.startswith("usage: submit.sh convert ")
+
+
+def test_time_limits_are_those_that_slurm_takes(tmp_path: Path) -> None:
+    for text in ("90", "90:00", "24:00:00", "2-0", "2-12:30", "7-00:00:00", "UNLIMITED", "infinite"):
+        assert is_time_limit(text), text
+    for text in ("", "forever", "1h", "1:2:3:4", "-1", "1-", "2-1:2:3:4", "24:00:00 "):
+        assert not is_time_limit(text), text
+    file = tmp_path / "cluster.env"
+    file.write_text("TIME=1d\n")
+    with pytest.raises(LaunchError, match="TIME=1d must be minutes, M:S"):
+        read_cluster(file)
 
 
 def test_the_code_is_kept_with_the_run_and_replaced_only_on_demand(tmp_path: Path) -> None:
