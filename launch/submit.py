@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from launch.slurm.cluster import Cluster, read_cluster  # noqa: E402
+from launch.slurm.cluster import TIME_FORMS, Cluster, is_time_limit, read_cluster  # noqa: E402
 from launch.slurm.runs import Branch, Run, bounded_only, find_config, plan_run  # noqa: E402
 from launch.slurm.script import JobScript, resources  # noqa: E402
-from launch.slurm.snapshot import keep_code  # noqa: E402
+from launch.slurm.snapshot import keep_code, take_back  # noqa: E402
 from launch.slurm.summary import describe  # noqa: E402
 from launch.slurm.sweep import read_sweep  # noqa: E402
 from megatron_implicit.cli import CommandParser, run_command  # noqa: E402
@@ -38,7 +39,8 @@ The same command goes on with the run that its folder holds, with the code that 
 """
 NODES = {"130m": 1, "370m": 2, "760m": 4, "1.3b": 4}
 """Of a preset's job, by size; the paper's machines are 4 nodes of 8 GPUs."""
-TOOLS = ("evaluate", "convert")
+TOOLS = {"evaluate": "evaluate", "convert": "convert_checkpoint"}
+"""Programs in tools/ that are jobs of their own, by the names they have here."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,8 @@ def main() -> int:
     """Submits, or prints."""
     if sys.argv[1:2] and sys.argv[1] in TOOLS:
         return _submit_tool(sys.argv[1], sys.argv[2:])
-    parser = _parser()
-    options, overrides = parser.parse_known_args()
-    unknown = next(
-        (word for word in overrides if word.startswith("--") and "." not in word and word != "--curriculum"), None
-    )
-    if unknown:
-        parser.error(f"unrecognized argument {unknown}")
+    own, overrides = _set_apart(sys.argv[1:])
+    options = _parser().parse_args(own)
     cluster = read_cluster(options.cluster)
     runs_folder = Path(cluster.runs or ROOT / "runs").expanduser().resolve()
     submission = (
@@ -74,9 +71,15 @@ def main() -> int:
     if options.dry_run:
         print(text, end="")
         return 0
-    _keep(submission, text, cluster, update_code=options.update_code)
-    for job in _submit(submission, options.chain):
-        print(f"job {job}: {submission.script.name} in {submission.folder}")
+    new_code, jobs = _keep(submission, text, cluster, update_code=options.update_code), 0
+    try:
+        for job in _submit(submission, options.chain):
+            print(f"job {job}: {submission.script.name} in {submission.folder}", flush=True)
+            jobs += 1
+    except LaunchError:
+        if new_code and not jobs:
+            take_back(submission.code)  # or the next submission would run it, whatever has changed meanwhile
+        raise
     return 0
 
 
@@ -84,7 +87,7 @@ def _parser() -> CommandParser:
     parser = CommandParser(DESCRIPTION)
     parser.usage = "bash SLURM/submit.sh PRESET [options] [--SECTION.KEY VALUE ...]"
     parser.add_argument("preset", nargs="?", help="a name in launch/configs/ or a YAML file")
-    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    _add_destination(parser)
     parser.add_argument(
         "--chain", type=_count, default=1, metavar="N", help="jobs in line, each for the one before that failed"
     )
@@ -94,22 +97,46 @@ def _parser() -> CommandParser:
     )
     parser.add_argument("--sweep", type=Path, metavar="FILE", help="a grid of runs as an array")
     parser.add_argument("--nodes", type=_count, metavar="N", help="default: by the preset's size")
-    parser.add_argument("--time", metavar="LIMIT", help="of one job, as sbatch takes it (default: cluster.env's)")
     parser.add_argument(
-        "--cluster",
-        type=Path,
-        default=ROOT / "SLURM" / "cluster.env",
-        metavar="FILE",
-        help="default: SLURM/cluster.env",
+        "--time", type=_time, metavar="LIMIT", help="of one job, as sbatch takes it (default: cluster.env's)"
     )
     parser.add_argument("--update-code", action="store_true", help="go on with today's code instead of the run's")
     return parser
+
+
+def _add_destination(parser: CommandParser) -> None:
+    """What every submission has: where it goes."""
+    parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
+    parser.add_argument(
+        "--cluster", type=Path, default=ROOT / "SLURM" / "cluster.env", metavar="FILE", help="default: SLURM/cluster.env"
+    )
+
+
+def _set_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(this program's words, launch/pretrain.py's keys with their values), for '--key value' and '--key=value'."""
+    own, overrides, left = [], [], list(words)
+    while left:
+        word = left.pop(0)
+        key, given, _ = word.partition("=")
+        if not key.startswith("--") or not ("." in key or key == "--curriculum"):
+            own.append(word)
+            continue
+        overrides.append(word)
+        if not given and left and not left[0].startswith("--"):
+            overrides.append(left.pop(0))
+    return own, overrides
 
 
 def _count(text: str) -> int:
     if not text.isdigit() or not int(text):
         raise argparse.ArgumentTypeError(f"{text} must be a number above 0")
     return int(text)
+
+
+def _time(text: str) -> str:
+    if not is_time_limit(text):
+        raise argparse.ArgumentTypeError(f"{text} must be {TIME_FORMS}")
+    return text
 
 
 def _single(options: argparse.Namespace, overrides: list[str], cluster: Cluster, runs_folder: Path) -> Submission:
@@ -187,27 +214,28 @@ def _config_of(run: Run, folder: Path) -> str:
     return run.config_file.stem if run.is_preset else str(folder / "slurm" / run.config_file.name)
 
 
-def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: bool) -> None:
-    """Writes everything the job needs into the run's folder."""
+def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: bool) -> bool:
+    """Writes everything the job needs into the run's folder; returns whether the code is new there."""
     for folder in ("logs", "slurm"):
         (submission.folder / folder).mkdir(parents=True, exist_ok=True)
-    keep_code(ROOT, submission.code, update=update_code)
+    new_code = keep_code(ROOT, submission.code, update=update_code)
     shutil.copyfile(cluster.path, submission.folder / "slurm" / "cluster.env")
     run = submission.runs[0]
     if not run.is_preset:
         shutil.copyfile(run.config_file, _config_of(run, submission.folder))
     (submission.folder / "slurm" / "job.sbatch").write_text(text, encoding="utf-8")
+    return new_code
 
 
-def _submit(submission: Submission, chain: int) -> list[str]:
-    """Job numbers. No two jobs of a run go at once; a job of a chain starts when the one before did not end well."""
-    script, jobs = submission.folder / "slurm" / "job.sbatch", []
+def _submit(submission: Submission, chain: int) -> Iterator[str]:
+    """Job numbers, each as sbatch accepts it. No two jobs of a run go at once; a job of a chain starts when the one before did not end well."""
+    script, job = submission.folder / "slurm" / "job.sbatch", None
     array = len(submission.runs) > 1
     for _ in range(chain):
-        after = f"afternotok:{jobs[-1]},singleton" if jobs else "singleton"
+        after = f"afternotok:{job},singleton" if job else "singleton"
         dependency = [] if array else [f"--dependency={after}", "--kill-on-invalid-dep=yes"]
-        jobs.append(_sbatch(*dependency, str(script)))
-    return jobs
+        job = _sbatch(*dependency, str(script))
+        yield job
 
 
 def _sbatch(*arguments: str, script: str | None = None) -> str:
@@ -221,30 +249,29 @@ def _sbatch(*arguments: str, script: str | None = None) -> str:
 
 
 def _submit_tool(tool: str, words: list[str]) -> int:
-    """evaluate or convert, on one GPU or on none."""
-    dry_run = "--dry-run" in words
-    words = [word for word in words if word != "--dry-run"]
-    path = ROOT / "SLURM" / "cluster.env"
-    if "--cluster" in words:
-        at = words.index("--cluster")
-        path, words = Path(words[at + 1]), words[:at] + words[at + 2 :]
-    cluster = read_cluster(path)
+    """evaluate or convert, on one GPU or on none. The tool itself judges its arguments."""
+    parser = CommandParser("", f"submit.sh {tool}", add_help=False)
+    _add_destination(parser)
+    options, words = parser.parse_known_args(words)
+    sys.path.insert(0, str(ROOT / "tools"))
+    importlib.import_module(TOOLS[tool]).read_arguments(words, f"submit.sh {tool}")
+    cluster = read_cluster(options.cluster)
     script = JobScript(
         body=ROOT / "SLURM" / f"{tool}.sbatch",
         cluster=cluster,
         name=tool,
-        comments=[f"tools/{'evaluate' if tool == 'evaluate' else 'convert_checkpoint'}.py {' '.join(words)}"],
+        comments=[f"tools/{TOOLS[tool]}.py {' '.join(words)}"],
         options=[
             *resources(cluster, 1, cluster.time, ranks=1, gpus=min(1, cluster.gpus) if tool == "evaluate" else 0),
             "--output=%x-%j.out",
         ],
         variables={
-            "CODE": str(ROOT), "CLUSTER": str(path.resolve()),
+            "CODE": str(ROOT), "CLUSTER": str(options.cluster.resolve()),
             "PYTHON": cluster.python or str(ROOT / ".venv" / "bin" / "python"),
         },
         arguments=[words],
     )  # fmt: skip
-    if dry_run:
+    if options.dry_run:
         print(script.text(), end="")
     else:
         print(f"job {_sbatch(script=script.text())}: {tool}")

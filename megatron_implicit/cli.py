@@ -20,10 +20,11 @@ PATIENCE_S = 10.0
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and whose help keeps the description's line breaks."""
 
-    def __init__(self, description: str) -> None:
+    def __init__(self, description: str, prog: str | None = None, *, add_help: bool = True) -> None:
         super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+            prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            add_help=add_help,
+        )  # fmt: skip
 
     def error(self, message: str) -> NoReturn:
         self.exit(exits.USAGE, f"error: {message} (see {self.prog} --help)\n")

@@ -16,8 +16,11 @@ without running anything in them, code in a folder is never run. The output fold
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import _bootstrap  # noqa: F401
@@ -30,7 +33,7 @@ _FILE_WIDTH = 160
 
 def main() -> int:
     """Converts and reports."""
-    arguments = _parser().parse_args()
+    arguments = read_arguments(sys.argv[1:])
 
     from megatron_implicit.device import prepare_megatron
 
@@ -53,8 +56,9 @@ def main() -> int:
     return 0
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser(__doc__)
+def read_arguments(words: Sequence[str], prog: str = "convert_checkpoint.py") -> argparse.Namespace:
+    """What a command line asks for; exits after help or a refusal, which name the program ``prog``."""
+    parser = CommandParser(__doc__, prog)
     parser.add_argument("--from", dest="source", choices=FORMATS, required=True, help="format of the input")
     parser.add_argument("--to", dest="target", choices=FORMATS, required=True, help="format of the output")
     parser.add_argument("--input", required=True, metavar="PATH")
@@ -68,7 +72,7 @@ def _parser() -> CommandParser:
         "--verify", action="store_true", help="run both sides on sample tokens and print the largest logit difference"
     )
     parser.add_argument("--report", metavar="FILE", help="also write every tensor's name, shape and error as JSON")
-    return parser
+    return parser.parse_args(words)
 
 
 def _print_report(result) -> None:

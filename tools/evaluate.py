@@ -3,8 +3,10 @@ the paper's experiments: ``python tools/evaluate.py paper --size tiny``."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import _bootstrap  # noqa: F401
@@ -48,21 +50,26 @@ folder), or repeat the paper's experiments, each with its training, numbers and 
 
 def main() -> int:
     """Runs one evaluation."""
-    name, *rest = sys.argv[1:] or [""]
+    arguments = read_arguments(sys.argv[1:])
+    return importlib.import_module(EVALUATIONS[arguments.evaluation].module).run(arguments)
+
+
+def read_arguments(words: Sequence[str], prog: str = "evaluate.py") -> argparse.Namespace:
+    """What a command line asks for; exits after help or a refusal, which name the program ``prog``."""
+    name, *rest = words or [""]
     if name not in EVALUATIONS:
-        return _all_evaluations().parse_args()  # help or a refusal: exits
+        return _all_evaluations(prog).parse_args(words)  # exits
     module = importlib.import_module(EVALUATIONS[name].module)
-    parser = CommandParser(module.__doc__)
-    parser.prog += f" {name}"
+    parser = CommandParser(module.__doc__, f"{prog} {name}")
     parser.set_defaults(evaluation=name)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(rest))
+    return parser.parse_args(rest)
 
 
-def _all_evaluations() -> CommandParser:
+def _all_evaluations(prog: str) -> CommandParser:
     width = max(map(len, EVALUATIONS))
     lines = [f"    {name:{width}}  {evaluation.summary}" for name, evaluation in EVALUATIONS.items()]
-    parser = CommandParser("\n".join([DESCRIPTION + "Evaluations (NAME --help has the options of one):\n", *lines]))
+    parser = CommandParser("\n".join([DESCRIPTION + "Evaluations (NAME --help has the options of one):\n", *lines]), prog)
     parser.add_argument("evaluation", choices=EVALUATIONS, metavar="NAME", help="one of the above; comes first")
     return parser
 

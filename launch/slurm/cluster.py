@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from megatron_implicit.errors import LaunchError
 
 EXAMPLES = "SLURM/cluster.nvidia.env and SLURM/cluster.mi300x.env are examples"
+TIME_FORMS = "minutes, M:S, H:M:S, D-H, D-H:M, D-H:M:S or UNLIMITED"
+"""What sbatch takes for a time limit."""
+_TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|unlimited|infinite", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,16 @@ class Cluster:
         return int(self.gpus_per_node)
 
 
+def is_time_limit(text: str) -> bool:
+    """Whether sbatch takes it for one: ``TIME_FORMS``."""
+    return _TIME.fullmatch(text) is not None
+
+
 def read_cluster(path: Path) -> Cluster:
     """The settings of a file, evaluated by bash as the batch scripts do.
 
     Raises:
-        LaunchError: the file is missing or bash refuses it, or a number is none.
+        LaunchError: the file is missing or bash refuses it, or a number or time is none.
     """
     if not path.is_file():
         raise LaunchError(f"{path}: no such file; copy one and fill it in ({EXAMPLES})")
@@ -81,6 +90,8 @@ def read_cluster(path: Path) -> Cluster:
         value = getattr(cluster, name)
         if value and not value.isdigit():
             raise LaunchError(f"{path}: {name.upper()}={value} must be a whole number")
+    if not is_time_limit(cluster.time):
+        raise LaunchError(f"{path}: TIME={cluster.time} must be {TIME_FORMS}")
     if not cluster.ranks:
         raise LaunchError(f"{path}: set RANKS_PER_NODE where GPUS_PER_NODE=0")
     return cluster

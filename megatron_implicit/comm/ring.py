@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import datetime
 import enum
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Mapping, Optional, Sequence
+from typing import Optional, Sequence
 
 import torch
 import torch.distributed as dist
 
 from megatron_implicit.device import current_platform
 from megatron_implicit.errors import LaunchError
-
 
 FEWEST_QUEUES = 8
 """Streams that wait for others at the same time: computation, four links, and collectives of tensor and data ranks."""
@@ -80,15 +79,9 @@ class Ring:
 
     def warm(self, device: torch.device) -> None:
         """Sends one element over every link, one after another: NCCL connects at the first use, and both ends must
-        come to it in the same order.
-
-        Raises:
-            LaunchError: the device would hold computation up behind transfers that wait for their other end.
-        """
+        come to it in the same order."""
         staged = dist.get_backend(self.outgoing(Direction.FORWARD)) == "gloo"
         device = torch.device("cpu") if staged else device
-        if device.type != "cpu":
-            refuse_few_queues(dict(os.environ))
         for direction in Direction:
             for sender in range(self.stages):
                 token = torch.zeros(1, device=device)
@@ -101,18 +94,24 @@ class Ring:
 
 
 def refuse_few_queues(environment: Mapping[str, str]) -> None:
-    """Refuses settings under which a GPU would put computation behind a transfer in the same hardware queue.
+    """For payloads that do not pass through host memory: what waits for other stages needs queues of the device.
+
+    A transfer waits for its other end. What follows in the same queue, another link's transfer or the computation that
+    the other end needs, would wait behind it, and so on round the ring.
+
+    Args:
+        environment: variables of this process. What they leave unset is the driver's default, which suffices.
 
     Raises:
-        LaunchError: naming the variable.
+        LaunchError: they allow the device fewer queues than a stage has such streams.
     """
-    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "GPU_MAX_HW_QUEUES"):  # the latter: ROCm's
-        value = environment.get(name, "")
-        if value.isdigit() and int(value) < FEWEST_QUEUES:
-            raise LaunchError(
-                f"{name}={value} holds computation up behind transfers between pipeline stages, until they hang: "
-                f"set it to {FEWEST_QUEUES} or more, or parallel.pipeline_transport=host"
-            )
+    name = current_platform().queues_variable
+    value = environment.get(name, "") if name else ""
+    if value.isdigit() and int(value) < FEWEST_QUEUES:
+        raise LaunchError(
+            f"{name}={value} holds work up behind transfers between pipeline stages, until they hang: set it to "
+            f"{FEWEST_QUEUES} or more, or parallel.pipeline_transport=host"
+        )
 
 
 def make_ring(

@@ -24,6 +24,13 @@ class Platform:
     name: str
     """The device's name, for logs and benchmarks."""
 
+    @property
+    def queues_variable(self) -> str | None:
+        """The environment variable that says how many queues of work the device may have; None on a CPU."""
+        if self.device_type == "cpu":
+            return None
+        return "GPU_MAX_HW_QUEUES" if torch.version.hip else "CUDA_DEVICE_MAX_CONNECTIONS"
+
     def device(self, local_rank: int = 0) -> torch.device:
         """The device of the process with this rank on its node."""
         return torch.device("cpu") if self.device_type == "cpu" else torch.device("cuda", local_rank)

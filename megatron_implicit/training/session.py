@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Optional, Sequence
@@ -22,6 +23,7 @@ from megatron_implicit.checkpoint.layout import CONFIG_FILE, read_state
 from megatron_implicit.comm.agreement import control_group
 from megatron_implicit.comm.groups import Place, start_model_parallel, start_process_group
 from megatron_implicit.comm.preflight import check_ranks
+from megatron_implicit.comm.ring import refuse_few_queues
 from megatron_implicit.config import Config, load_config, save_config
 from megatron_implicit.config.load import peek_run_dir
 from megatron_implicit.config.validate import validate_world
@@ -77,13 +79,15 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
         callbacks: None takes the standard ones.
 
     Raises:
-        ConfigError, DataError, CheckpointError: no file of the run but its lease and a damaged checkpoint's name has
+        ConfigError, DataError, CheckpointError, LaunchError: no file of the run but its lease and a damaged checkpoint's name has
             changed then.
     """
     callbacks = callbacks or standard_callbacks(config)  # first: from here on a signal is a request to stop
     if config.train.deterministic:
         fix_order_of_sums()
     validate_world(config, place.world_size)
+    if config.implicit and config.parallel.pipeline > 1 and config.parallel.pipeline_transport == "device":
+        refuse_few_queues(os.environ)
     vocabulary = open_vocabulary(config)
     resumed = _apparent_checkpoint(config.run.dir)
     source = resumed or (locate_checkpoint(Path(config.checkpoint.load)) if config.checkpoint.load else None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.slurm.cluster import read_cluster
+from launch.slurm.cluster import is_time_limit, read_cluster
 from launch.slurm.runs import Branch, bounded_only, find_config, plan_run
 from launch.slurm.snapshot import keep_code
 from launch.slurm.sweep import read_sweep
@@ -142,9 +142,10 @@ def test_cluster_settings_come_from_the_file_alone(tmp_path: Path, monkeypatch: 
         read_cluster(tmp_path / "nothing.env")
 
 
-def submit(*arguments: object) -> subprocess.CompletedProcess[str]:
+def submit(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(REPOSITORY / "SLURM" / "submit.sh"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 @pytest.fixture
@@ -189,18 +190,73 @@ def test_an_array_s_tasks_get_a_point_each(cluster_file: Path, tmp_path: Path) -
         assert f"{tmp_path}/runs/rates/learning_rate={rate}" in words
 
 
+@pytest.mark.parametrize("key", [["--data.stories", "/scratch/catbabi"], ["--data.stories=/scratch/catbabi"]])
+def test_the_sweep_of_the_readme_with_its_key_in_either_spelling(cluster_file: Path, key: list[str]) -> None:
+    sweep = "SLURM/sweeps/catbabi.yaml"
+    command = f"bash SLURM/submit.sh --sweep {sweep} --data.stories /scratch/catbabi --dry-run"
+    assert command in (REPOSITORY / "SLURM" / "README.md").read_text()
+    done = submit("--sweep", REPOSITORY / sweep, *key, "--dry-run", "--cluster", cluster_file)
+    assert done.returncode == 0 and done.stdout.count(shlex.join(key)) == 8, done.stderr
+
+
+def test_keys_may_stand_before_the_preset(cluster_file: Path) -> None:
+    phases = "[{name: bounded, start: 0.0, max_iterations: 4}]"
+    for key in (["--curriculum", phases], [f"--curriculum={phases}"]):
+        done = submit(*key, "implicit_mamba2_tiny", "--dry-run", "--cluster", cluster_file)
+        assert done.returncode == 0 and "# phases: bounded (4+" in done.stdout, done.stderr
+    done = submit("implicit_mamba2_tiny", "--cluster", cluster_file, "--data.path", "--dry-run")
+    assert done.returncode == 2 and "data.path" in done.stderr, "an option is no key's value"
+
+
 def test_what_cannot_run_is_refused_before_it_is_submitted(cluster_file: Path) -> None:
     for arguments, words in (
         (["implicit_mamba2_huge"], "implicit_mamba2_huge: neither a file nor a preset (catbabi_"),
         (["implicit_mamba2_tiny", "--parallel.tensor", "2"], "needs a multiple of 2 processes, but the job has 1"),
         (["implicit_mamba2_tiny", "--train.stps", "2"], "unknown configuration key 'train.stps'"),
-        (["implicit_mamba2_tiny", "--dry-rum"], "unrecognized argument --dry-rum"),
+        (["implicit_mamba2_tiny", "--dry-rum"], "unrecognized arguments: --dry-rum"),
         (["--chain", "0"], "0 must be a number above 0"),
+        (["implicit_mamba2_tiny", "--time", "forever"], "forever must be minutes, M:S, H:M:S, D-H"),
         ([], "name a preset, or --sweep FILE"),
     ):
         done = submit(*arguments, "--cluster", cluster_file)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr, (arguments, done.stderr)
     assert not (cluster_file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["evaluate"], "the following arguments are required: NAME"),
+        (["evaluate", "nope"], "argument NAME: invalid choice: 'nope'"),
+        (["evaluate", "perplexity"], "the following arguments are required: --checkpoint"),
+        (["evaluate", "perplexity", "--checkpoint", "R", "--split", "tset"], "argument --split: invalid choice: 'tset'"),
+        (["evaluate", "perplexity", "--checkpoint", "R", "--cluster"], "argument --cluster: expected one argument"),
+        (["convert"], "the following arguments are required: --from, --to, --input, --output"),
+        (["convert", "--from", "hf", "--to", "gguf"], "argument --to: invalid choice: 'gguf'"),
+    ],
+)
+def test_a_tool_s_wrong_arguments_are_refused_before_it_waits_in_the_queue(arguments: list[str], words: str) -> None:
+    done = submit(*arguments[:1], "--dry-run", *arguments[1:])
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert words in done.stderr and f"(see submit.sh {arguments[0]}" in done.stderr, done.stderr
+
+
+def test_a_tool_gets_the_words_it_was_given(cluster_file: Path) -> None:
+    words = ["perplexity", "--checkpoint", "a run", "--split", "test"]
+    done = submit("evaluate", *words, "--dry-run", "--cluster", cluster_file)
+    assert done.returncode == 0 and f"set -- {shlex.join(words)}\n" in done.stdout, done.stderr
+    assert submit("convert", "--help").stdout.startswith("usage: submit.sh convert ")
+
+
+def test_time_limits_are_those_that_slurm_takes(tmp_path: Path) -> None:
+    for text in ("90", "90:00", "24:00:00", "2-0", "2-12:30", "7-00:00:00", "UNLIMITED", "infinite"):
+        assert is_time_limit(text), text
+    for text in ("", "forever", "1h", "1:2:3:4", "-1", "1-", "2-1:2:3:4", "24:00:00 "):
+        assert not is_time_limit(text), text
+    file = tmp_path / "cluster.env"
+    file.write_text("TIME=1d\n")
+    with pytest.raises(LaunchError, match="TIME=1d must be minutes, M:S"):
+        read_cluster(file)
 
 
 def test_the_code_is_kept_with_the_run_and_replaced_only_on_demand(tmp_path: Path) -> None:
@@ -216,3 +272,30 @@ def test_the_code_is_kept_with_the_run_and_replaced_only_on_demand(tmp_path: Pat
     assert (target / "tools" / "a.py").read_text() == "2"
     assert (tmp_path / "code.1" / "tools" / "a.py").read_text() == "1"
     assert (target / "VERSION").read_text().strip()
+
+
+def test_a_refused_submission_leaves_no_code_that_the_next_would_run(cluster_file: Path, tmp_path: Path) -> None:
+    accepts, sbatch = tmp_path / "accepts", tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(  # a Slurm that accepts as many jobs as the file says
+        f"#!/bin/bash\nleft=$(cat {accepts})\n((left > 0)) || {{ echo 'sbatch: error: no account' >&2; exit 1; }}\n"
+        f"echo $((left - 1)) >{accepts}\necho $((100 - left))\n"
+    )
+    sbatch.chmod(0o755)
+    code = tmp_path / "runs" / "explicit_llama_tiny" / "code"
+
+    def submit_with(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+        accepts.write_text(str(count))
+        path = f"{sbatch.parent}:{os.environ['PATH']}"
+        return submit("explicit_llama_tiny", "--cluster", cluster_file, *arguments, PATH=path)
+
+    refused = submit_with(0)
+    assert (refused.returncode, refused.stderr) == (1, "error: sbatch refuses the job: sbatch: error: no account\n")
+    assert not code.exists()
+    half_a_chain = submit_with(1, "--chain", 2)
+    assert half_a_chain.returncode == 1 and half_a_chain.stdout.startswith("job 99: ") and code.is_dir()
+    (code / "VERSION").write_text("the first job's")
+    assert submit_with(0, "--update-code").returncode == 1
+    assert (code / "VERSION").read_text() == "the first job's" and len(list(code.parent.glob("code*"))) == 1
+    assert submit_with(1, "--update-code").returncode == 0
+    assert (code / "VERSION").read_text() != "the first job's" and code.with_name("code.1").is_dir()
