@@ -49,7 +49,7 @@ def open_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer ``data.tokenizer``, or the one beside the dataset: tokenizer.model or tokenizer.json.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: there is none, or no dataset either, or it cannot be read.
     """
     if data.tokenizer is not None:
         return load_tokenizer(data.tokenizer)
@@ -60,6 +60,8 @@ def open_tokenizer(data: DataConfig) -> Tokenizer:
         for name in ("tokenizer.model", "tokenizer.json"):
             if (folder / name).exists():
                 return load_tokenizer(folder / name)
+    for entry in read_blend(data):
+        entry.prefixes()  # where the dataset itself is missing, this says so
     raise DataError(
         f"no tokenizer.model or tokenizer.json in {folders[0]}; put the dataset's tokenizer there or set data.tokenizer"
     )
