@@ -22,7 +22,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from megatron_implicit import exits  # noqa: E402
-from megatron_implicit.config import config_from_dict, read_config_file  # noqa: E402
+from megatron_implicit.config import config_from_dict, load_config, read_config_file  # noqa: E402
+from megatron_implicit.config.validate import validate_world  # noqa: E402
 from megatron_implicit.data.shipped import CORPUS, VOCABULARY  # noqa: E402
 from megatron_implicit.errors import MegatronImplicitError  # noqa: E402
 from megatron_implicit.telemetry.metrics_file import read_metrics  # noqa: E402
@@ -54,6 +55,14 @@ class Places:
     def latest(self) -> Path:
         """The text file that names the newest checkpoint."""
         return self.run / "checkpoints" / "latest"
+
+    @property
+    def saved_config(self) -> Optional[Path]:
+        """Of the newest checkpoint; None where there is none yet."""
+        if not self.latest.is_file():
+            return None
+        path = self.latest.parent / self.latest.read_text(encoding="utf-8").strip() / "config.yaml"
+        return path if path.is_file() else None
 
     @property
     def metrics(self) -> Path:
@@ -99,7 +108,13 @@ class Quickstart:
         self.console = Console(highlight=False, soft_wrap=True)
 
     def run(self) -> None:
-        """All stages, then the table."""
+        """All stages, then the table.
+
+        Raises:
+            ConfigError, CheckpointError: the training would refuse the overrides; nothing has been made then.
+        """
+        if self.overrides:
+            self._check_overrides()
         stages = self._stages()
         for number, stage in enumerate(stages, start=1):
             title = rf"\[{number}/{len(stages)}] {stage.name}"
@@ -133,6 +148,33 @@ class Quickstart:
         steps = config_from_dict(read_config_file(config)).train.steps
         return self.places.latest.read_text(encoding="utf-8").strip() == f"step_{steps:08d}"
 
+    def _check_overrides(self) -> None:
+        arguments, processes = self._training()
+        saved = self.places.saved_config
+        config = load_config(arguments, prog="launch/quickstart.sh", base=saved)
+        validate_world(config, processes)
+        if saved is None:
+            return
+        from megatron_implicit.device import prepare_megatron
+
+        prepare_megatron()  # first: it quietens what the next import brings along
+        from megatron_implicit.checkpoint.fingerprint import refuse_changes
+
+        before = load_config(["--config", str(saved)])
+        refuse_changes(before, config, shown(saved.parent), "train anew with --dir FOLDER")
+
+    def _training(self) -> tuple[list[str], int]:
+        """(launch/pretrain.py's arguments, number of processes)."""
+        from megatron_implicit.device import current_platform
+
+        places = self.places
+        processes = min(2, current_platform().device_count() or 2)
+        arguments = [
+            f"--config={ROOT / 'launch' / 'configs' / f'{places.model}_tiny.yaml'}", f"--parallel.tensor={processes}",
+            f"--data.path={shown(places.base / 'data')}", f"--run.dir={shown(places.run)}", *self.overrides,
+        ]  # fmt: skip
+        return arguments, processes
+
     def _make_tokenizer(self) -> None:
         call(
             "tools/train_tokenizer.py", "--input", shown(CORPUS), "--output", shown(self.places.tokenizer),
@@ -146,17 +188,12 @@ class Quickstart:
         )  # fmt: skip
 
     def _pretrain(self) -> None:
-        from megatron_implicit.device import current_platform
-
-        places = self.places
-        processes = min(2, current_platform().device_count() or 2)
+        places, (arguments, processes) = self.places, self._training()
         places.log.parent.mkdir(parents=True, exist_ok=True)
         try:
             call(
                 "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "launch/pretrain.py",
-                f"--config=launch/configs/{places.model}_tiny.yaml", f"--parallel.tensor={processes}",
-                f"--data.path={shown(places.base / 'data')}", f"--run.dir={shown(places.run)}", *self.overrides,
-                threads=max(1, min(4, len(os.sched_getaffinity(0)) // processes)), log=places.log,
+                *arguments, threads=max(1, min(4, len(os.sched_getaffinity(0)) // processes)), log=places.log,
             )  # fmt: skip
         except StageFailed:
             explain_failure(places.log)
@@ -298,7 +335,8 @@ def main() -> None:
     except StageFailed as failure:
         sys.exit(failure.code)
     except MegatronImplicitError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         sys.exit(exits.INTERRUPTED)

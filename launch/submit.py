@@ -108,8 +108,9 @@ def _add_destination(parser: CommandParser) -> None:
     """What every submission has: where it goes."""
     parser.add_argument("--dry-run", action="store_true", help="print the script and submit nothing")
     parser.add_argument(
-        "--cluster", type=Path, default=ROOT / "SLURM" / "cluster.env", metavar="FILE", help="default: SLURM/cluster.env"
-    )
+        "--cluster", type=Path, default=ROOT / "SLURM" / "cluster.env", metavar="FILE",
+        help="default: SLURM/cluster.env",
+    )  # fmt: skip
 
 
 def _set_apart(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -228,7 +229,8 @@ def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: b
 
 
 def _submit(submission: Submission, chain: int) -> Iterator[str]:
-    """Job numbers, each as sbatch accepts it. No two jobs of a run go at once; a job of a chain starts when the one before did not end well."""
+    """Job numbers, each as sbatch accepts it. No two jobs of a run go at once; a job of a chain starts when the one
+    before did not end well."""
     script, job = submission.folder / "slurm" / "job.sbatch", None
     array = len(submission.runs) > 1
     for _ in range(chain):

@@ -69,7 +69,8 @@ def read_arguments(words: Sequence[str], prog: str = "evaluate.py") -> argparse.
 def _all_evaluations(prog: str) -> CommandParser:
     width = max(map(len, EVALUATIONS))
     lines = [f"    {name:{width}}  {evaluation.summary}" for name, evaluation in EVALUATIONS.items()]
-    parser = CommandParser("\n".join([DESCRIPTION + "Evaluations (NAME --help has the options of one):\n", *lines]), prog)
+    heading = "Evaluations (NAME --help has the options of one):\n"
+    parser = CommandParser("\n".join([DESCRIPTION + heading, *lines]), prog)
     parser.add_argument("evaluation", choices=EVALUATIONS, metavar="NAME", help="one of the above; comes first")
     return parser
 

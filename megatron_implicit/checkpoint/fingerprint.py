@@ -19,8 +19,16 @@ MODEL_KEYS_THAT_MAY_DIFFER = ("model.size", "model.scan_chunk_size", "model.drop
 """Keys of the model section that do not change which tensors it has."""
 
 
-def refuse_changes(saved: Config, requested: Config, source: str) -> None:
+def refuse_changes(
+    saved: Config, requested: Config, source: str, elsewhere: str = "branch with a new run.dir and checkpoint.load"
+) -> None:
     """Compares what alters training.
+
+    Args:
+        saved: of the checkpoint.
+        requested: of the run that goes on from it.
+        source: the checkpoint, for the message.
+        elsewhere: how to train with the change, for the message.
 
     Raises:
         CheckpointError: names the first changed key, both values and the remedy.
@@ -29,7 +37,7 @@ def refuse_changes(saved: Config, requested: Config, source: str) -> None:
         if key.split(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS:
             raise CheckpointError(
                 f"{key}={after} differs from {before} in {source}: a resumed run keeps its configuration; drop the "
-                "change, or branch with a new run.dir and checkpoint.load"
+                f"change, or {elsewhere}"
             )
 
 

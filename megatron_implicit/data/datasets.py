@@ -49,7 +49,7 @@ def open_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of ``tokenizer_file``.
 
     Raises:
-        DataError: there is none, or it cannot be read.
+        DataError: there is no such file, no dataset, or it cannot be read.
     """
     return load_tokenizer(tokenizer_file(data))
 
@@ -58,7 +58,7 @@ def tokenizer_file(data: DataConfig) -> Path:
     """The file ``data.tokenizer``, or the one beside the dataset: tokenizer.model or tokenizer.json.
 
     Raises:
-        DataError: there is none beside the dataset.
+        DataError: there is none beside the dataset, or no dataset.
     """
     if data.tokenizer is not None:
         return Path(data.tokenizer)
@@ -69,6 +69,8 @@ def tokenizer_file(data: DataConfig) -> Path:
         for name in ("tokenizer.model", "tokenizer.json"):
             if (folder / name).exists():
                 return folder / name
+    for entry in read_blend(data):
+        entry.prefixes()  # where the dataset itself is missing, this says so
     raise DataError(
         f"no tokenizer.model or tokenizer.json in {folders[0]}; put the dataset's tokenizer there or set data.tokenizer"
     )

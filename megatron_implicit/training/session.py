@@ -79,8 +79,8 @@ def open_session(config: Config, place: Place, callbacks: Optional[Sequence[Call
         callbacks: None takes the standard ones.
 
     Raises:
-        ConfigError, DataError, CheckpointError, LaunchError: no file of the run but its lease and a damaged checkpoint's name has
-            changed then.
+        ConfigError, DataError, CheckpointError, LaunchError: no file of the run but its lease and a damaged
+            checkpoint's name has changed then.
     """
     callbacks = callbacks or standard_callbacks(config)  # first: from here on a signal is a request to stop
     if config.train.deterministic:

@@ -197,6 +197,8 @@ def test_what_cannot_be_opened_names_the_remedy(
 def test_the_tokenizer_lies_beside_the_dataset_or_is_named(folder: Path, texts: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data.tokenizer"):
         open_tokenizer(DataConfig(path=str(folder)))
+    with pytest.raises(DataError, match="no dataset at data.path .*/nope"):
+        open_tokenizer(DataConfig(path=str(folder / "nope")))
     made = train_sentencepiece(texts[:300], folder / "tokenizer.model", 600)
     os.rename(shutil.copy(folder / "tokenizer.model", tmp_path / "copy"), tmp_path / "named.model")
     for config in (

@@ -16,6 +16,7 @@ from tests.distributed.test_layouts import uneven_config
 def build_without_host_collectives(family: str, meeting: str) -> int:
     """Parameters of a model, built on groups that like NCCL's take no tensor of the host."""
     rank, world = dist.get_rank(), dist.get_world_size()
+    dist.barrier()  # all have joined the job's own group
     dist.destroy_process_group()
     dist.init_process_group("cuda:gloo", store=dist.FileStore(meeting, world), rank=rank, world_size=world)
     config = traces.Layout(tensor=2).apply(uneven_config(family))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_implicit.errors import ConfigError
 from megatron_implicit.telemetry.summary import summarize
 from tests.telemetry.runs import implicit_run, record
 
@@ -77,8 +79,25 @@ def test_a_run_ends_with_a_table_and_its_repetition_makes_nothing_again(tmp_path
     assert [path.stat().st_mtime_ns for path in made] == times
 
     changed = start(tmp_path, "--train.steps=6")
-    assert changed.returncode != 0
+    assert changed.returncode != 0 and changed.stdout == ""
     assert changed.stderr.startswith("error: train.steps=6 differs from 5") and changed.stderr.count("\n") == 1
+    assert changed.stderr.endswith("; drop the change, or train anew with --dir FOLDER\n")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("--train.stepz=5", "unknown configuration key 'train.stepz': did you mean 'train.steps'?"),
+        ("--parallel.tensor=4", "needs a multiple of 4 processes"),
+    ],
+)
+def test_wrong_overrides_are_refused_before_anything_is_made(
+    quickstart: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, words: str
+) -> None:
+    places = quickstart.Places("implicit_mamba2", tmp_path / "new")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        quickstart.Quickstart(places, [override]).run()
+    assert capsys.readouterr().out == "" and not places.base.exists()
 
 
 def test_the_closing_table_tells_phases_apart(quickstart: ModuleType) -> None:

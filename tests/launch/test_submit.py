@@ -229,7 +229,7 @@ def test_what_cannot_run_is_refused_before_it_is_submitted(cluster_file: Path) -
         (["evaluate"], "the following arguments are required: NAME"),
         (["evaluate", "nope"], "argument NAME: invalid choice: 'nope'"),
         (["evaluate", "perplexity"], "the following arguments are required: --checkpoint"),
-        (["evaluate", "perplexity", "--checkpoint", "R", "--split", "tset"], "argument --split: invalid choice: 'tset'"),
+        (["evaluate", "perplexity", "--checkpoint", "R", "--split", "tset"], "--split: invalid choice: 'tset'"),
         (["evaluate", "perplexity", "--checkpoint", "R", "--cluster"], "argument --cluster: expected one argument"),
         (["convert"], "the following arguments are required: --from, --to, --input, --output"),
         (["convert", "--from", "hf", "--to", "gguf"], "argument --to: invalid choice: 'gguf'"),

@@ -49,7 +49,7 @@ def test_a_blend_shows_each_dataset_and_its_share(work: Any, prepared: Path) -> 
 def test_what_is_missing_is_named(work: Any, prepared: Path) -> None:
     work.fails("nowhere", "inspect_data", "nowhere", "--tokenizer", "tokenizer.model")
     work.fails("blend.yaml", "inspect_data", "nowhere/blend.yaml", "--tokenizer", "tokenizer.model")
-    work.fails("no tokenizer.model", "inspect_data", "blend2/x")
+    work.fails("no dataset at data.path blend2/x", "inspect_data", "blend2/x")
 
 
 def test_indices_are_built_ahead(work: Any, prepared: Path) -> None:
