@@ -40,11 +40,11 @@ def evaluate(
     Raises:
         NonFiniteIterateError: the iteration diverged.
     """
-    if mode != SIMULTANEOUS:
-        session = InferenceSession(model, *input_ids.shape)
-        solved = session.advance(input_ids, lengths, mode)
-        return _output(model, solved.hidden, solved.trace)
     with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
+        if mode != SIMULTANEOUS:
+            session = InferenceSession(model, *input_ids.shape)
+            solved = session.advance(input_ids, lengths, mode)
+            return _output(model, solved.hidden, solved.trace)
         embedding = model.embedding(input_ids, None)
         angles = rotary_angles(model, input_ids.shape[1])
         if lengths is None:
