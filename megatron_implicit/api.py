@@ -237,6 +237,8 @@ def load_pretrained(
         raise CheckpointError(f"{path} is not a folder: give a checkpoint, a run or a reference model folder")
     place = place_from_environment()
     target = _target_device(device, place)
+    if target.index is not None:  # joining the group makes the process's own device the current one
+        place = dataclasses.replace(place, local_rank=target.index)
     start_process_group(place)
     from megatron_implicit.conversion.formats import recognise
 

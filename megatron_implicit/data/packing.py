@@ -74,7 +74,7 @@ class Packing:
 
 def samples_in(tokens: int, sequence_length: int) -> int:
     """Samples that hold ``tokens`` tokens, where the last token of one is the first of the next."""
-    return math.ceil((tokens - 1) / sequence_length)
+    return math.ceil(max(tokens - 1, 0) / sequence_length)
 
 
 def epochs_for(samples: int, tokens: int, sequence_length: int) -> int:
@@ -156,11 +156,11 @@ def _build(dataset: SplitDataset, packing: Packing) -> Arrays:
 
 
 def _shuffle(seed: int, number: int, packing: Packing) -> np.ndarray:
-    """A permutation of the samples that keeps each among those that begin in the same epoch."""
+    """A permutation of the samples that keeps each among those whose first label is of the same epoch."""
     dtype = np.uint32 if packing.samples < 2**32 else np.int64
-    starts = [math.ceil(epoch * packing.tokens / packing.sequence_length) for epoch in range(packing.epochs)]
     parts = []
-    for epoch, (start, stop) in enumerate(zip(starts, [*starts[1:], packing.samples])):
+    for epoch in range(packing.epochs):
+        start, stop = (samples_in(count * packing.tokens, packing.sequence_length) for count in (epoch, epoch + 1))
         random = np.random.default_rng([_SAMPLE_STREAM, seed, number, epoch])
         parts.append(random.permutation(np.arange(start, stop, dtype=dtype)))
     return np.concatenate(parts)

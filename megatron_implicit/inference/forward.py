@@ -41,7 +41,7 @@ def evaluate(
     Raises:
         NonFiniteIterateError: the iteration diverged.
     """
-    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training and mode == SIMULTANEOUS):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and model.training):
         if mode != SIMULTANEOUS:
             session = InferenceSession(model, *input_ids.shape)
             solved = session.advance(input_ids, lengths, mode)

@@ -115,7 +115,8 @@ class InferenceSession:
         """
         tokens = input_ids.shape[1]
         lengths = None if lengths is None or min(lengths) == tokens else list(lengths)
-        if mode.window is not None and self.implicit:
+        nothing = lengths is not None and not any(lengths)  # a window slides on the tokens it accepts
+        if mode.window is not None and self.implicit and not nothing:
             from megatron_implicit.inference.window import solve_in_window
 
             return solve_in_window(self, input_ids, lengths, min(mode.window, tokens))

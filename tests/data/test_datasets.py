@@ -13,6 +13,7 @@ import torch
 from megatron_implicit.config.schema import DataConfig
 from megatron_implicit.data.datasets import Datasets, open_datasets, open_tokenizer, split_documents
 from megatron_implicit.data.indexed import IndexedDatasetWriter, open_indexed, read_manifest
+from megatron_implicit.data.packing import Packing, _shuffle, samples_in
 from megatron_implicit.data.tokenizers import Tokenizer, train_sentencepiece
 from megatron_implicit.errors import DataError
 
@@ -78,6 +79,16 @@ def test_an_epoch_is_over_before_the_next_one_begins(epochs: int, folder: Path, 
 def test_a_longer_run_begins_with_the_shorter_one(folder: Path, tokenizer: Tokenizer) -> None:
     short, long = (opened(folder, tokenizer, (count, 0, 0)).train for count in (300, 6000))
     assert stream(short, 300) == stream(long, 300)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("beyond", range(4))
+def test_the_order_of_an_epoch_does_not_depend_on_the_ones_after_it(epochs: int, beyond: int) -> None:
+    """One token beyond whole samples: the sample that begins with it has labels of the next epoch only."""
+    tokens = 8 * 100 // epochs + beyond
+    short, long = (_shuffle(1, 0, Packing("train", 8, tokens, count)) for count in (epochs, epochs + 2))
+    assert np.array_equal(long[: len(short)], short)
+    assert sorted(long) == list(range(samples_in(tokens * (epochs + 2), 8)))
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_seed_others(

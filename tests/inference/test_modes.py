@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_implicit.inference import InferenceSession, Padding
+from megatron_implicit.inference import InferenceSession, Padding, SolveMode
 from tests import goldens
 from tests.inference.models import KINDS, golden, random_ids, small_model, tight
 
@@ -94,6 +94,12 @@ def test_companions_and_padding_change_no_sample(kind: str, mode: dict[str, Any]
             assert out.logits[i].abs().sum(-1).count_nonzero() == length
 
 
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
+def test_an_inference_solve_records_no_graph(mode: dict[str, Any]) -> None:
+    out = small_model("implicit_mamba2")(random_ids(1, 6), **mode)
+    assert not out.logits.requires_grad and not out.hidden.requires_grad
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
 def test_a_batch_in_which_every_sample_is_padded(kind: str, mode: dict[str, Any]) -> None:
@@ -174,6 +180,19 @@ def test_a_session_takes_segments_that_are_shorter_than_their_row(kind: str) -> 
     assert session.positions == [4, 5]
     for i, last in enumerate((3, 4)):
         assert distance(second.last[i], whole.hidden[i, last]) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["implicit_mamba2", "implicit_llama"])
+@pytest.mark.parametrize("mode", [SolveMode(), SolveMode(chunk=2), SolveMode(window=2)])
+def test_a_segment_without_tokens_changes_nothing(kind: str, mode: SolveMode) -> None:
+    lm, ids = small_model(kind), random_ids(2, 4)
+    session = lm.session(2, 8)
+    for before in range(2):
+        last = session.last
+        solved = session.advance(ids, [0, 0], mode)
+        assert session.positions == [4 * before, 4 * before] and torch.equal(solved.last, last)
+        assert solved.hidden.shape[0] == 4 and not solved.hidden.any() and solved.trace.converged.all()
+        session.advance(ids)
 
 
 def test_states_of_mamba2_do_not_grow_and_caches_are_allocated_once() -> None:
