@@ -89,7 +89,7 @@ venv_is_current() {
 # Python is of a supported version. Behind a link there may be that of another repository, which still needs it.
 venv_is_reusable() {
     if [[ -L $venv && -f $stamp && $(sed -n 3p "$stamp") != "$root" ]]; then
-        fail ".venv is a link to the environment of $(sed -n 3p "$stamp"): remove the link, and this repository gets its own"
+        fail ".venv is a link to the environment of $(sed -n 3p "$stamp"): remove the link to get one of its own"
     fi
     [[ -e $venv && ! -e $unfinished ]] || return 1
     if [[ -f $stamp ]]; then

@@ -27,7 +27,7 @@ class Curriculum:
         ]
 
     def phase(self, steps: int, consumed_tokens: int) -> Phase:
-        """The phase of the step that begins after so many steps and tokens; a branch may have had steps of other sizes."""
+        """The phase of the step after so many steps and tokens; those before a branch may have had other sizes."""
         whole = consumed_tokens + (self._steps - steps) * self._step_tokens
         # A start is reached when the fraction is, up to the rounding of the fraction itself.
         fraction = consumed_tokens / whole + 1e-12

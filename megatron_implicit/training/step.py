@@ -253,8 +253,11 @@ def _mean_counted(microbatches: list[Batch], device: torch.device) -> Tensor:
 def _mean_loss(
     losses: Tensor, mask: Tensor, counted: Tensor, trace: SolveTrace
 ) -> tuple[Tensor, tuple[Tensor, SolveTrace]]:
-    """Megatron-Core's loss function, and what to report. Its mean over microbatches and replicas, which is made later, is
-    the mean over the tokens of the global batch, however many of them count in each microbatch."""
+    """Megatron-Core's loss function, and what to report.
+
+    Its mean over microbatches and replicas, which is made later, is the mean over the tokens of the global batch that
+    count, however many of them are in each microbatch.
+    """
     loss = (losses.float() * mask).sum() / counted
     switch_to("backward")  # the schedule's next act
     return loss, (loss.detach().clone(), trace)  # the schedule divides the loss in place

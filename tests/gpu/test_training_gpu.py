@@ -73,6 +73,7 @@ def bf16_run(family: str) -> tuple[list[float], list[torch.Tensor]]:
     tokens = torch.from_numpy(goldens.arrays(f"{family}_training")["tokens"])
     per_step = config.train.global_batch_size * config.data.sequence_length
     for step, batch in enumerate(tokens, start=1):
-        parts.model.module.decoder.solver = SolveSettings.training(curriculum.phase(step - 1, (step - 1) * per_step).solver)
+        phase = curriculum.phase(step - 1, (step - 1) * per_step)
+        parts.model.module.decoder.solver = SolveSettings.training(phase.solver)
         losses.append(runner.run(step, traces.microbatches(config, batch), torch.device(DEVICE)).loss)
     return losses, [parameter.detach().clone() for parameter in parts.model.parameters()]
