@@ -1,10 +1,11 @@
 """Messages between neighbouring stages of a ring: a header on the CPU, and its payload on the data groups.
 
 The payload is sent first, then its header; the n-th header of a link belongs to its n-th payload. A thread for each
-direction always has a receive of a header posted; the main thread takes payloads in the order of headers. Gloo's sends
-are unbuffered: a tensor may not change, nor its handle be dropped, before the other end has received it, and a handle
-cannot be polled, hence threads, and hence no waiting for a send but for one that is known to have arrived: a
-microbatch that comes round again proves it for everything sent before on that link.
+direction always has a receive of a header posted; the main thread posts receives of payloads in the order of headers,
+and waits for a payload when it computes with it. Gloo's sends are unbuffered: a tensor may not change, nor its handle be
+dropped, before the other end has received it, and a handle cannot be polled, hence threads, and hence no waiting for a
+send but for one that is known to have arrived: a microbatch that comes round again proves it for everything sent before
+on that link.
 """
 
 from __future__ import annotations

@@ -107,10 +107,13 @@ class Driver:
         self._latest = task
         switch_to(_PARTS[task.kind])
         self._alive(str(task))
+        tensors = self._await_payload(task)
         start = time.perf_counter()
         self._logic.begin(task)
+        if self._logic.is_first and self._plan.admits(task):
+            tensors = self._compute.admit(task.microbatch)
         compute = self._compute.forward if task.kind.forwards else self._compute.backward
-        outcome = compute(task, self._inputs(task))
+        outcome = compute(task, tensors)
         send = self._logic.complete(task, outcome.step)
         if self._recorder is not None:
             current_platform().synchronize_stream()  # for the device's times; a send may wait for its peer
@@ -118,8 +121,8 @@ class Driver:
         if send is not None:
             self._send(send, outcome.tensors)
 
-    def _inputs(self, task: Message) -> list[Tensor]:
-        """What a task computes with.
+    def _await_payload(self, task: Message) -> list[Tensor]:
+        """Waits for what a task begins with, and for the sends that its beginning proves to have arrived.
 
         A GPU waits for transfers in the order in which it is told to, and the ranks of a stage may see messages arrive
         in different orders. They are waited for here and not on arrival, so that this order is that of the tasks, which
@@ -127,13 +130,10 @@ class Driver:
         with a collective that both must have come to.
         """
         tensors: list[Tensor] = []
-        payload = self._payloads.pop(task, None)
-        if payload is not None:
+        if task in self._payloads:
             with timed_as("communication"):
-                tensors = payload.wait()
+                tensors = self._payloads.pop(task).wait()
             self._channel.received(_direction(task), task.microbatch)  # what was sent before it came round
-        elif self._logic.is_first and self._plan.admits(task):
-            tensors = self._compute.admit(task.microbatch)
         if self._plan.admits(task):
             self._settle_before(task.microbatch)
         return tensors
