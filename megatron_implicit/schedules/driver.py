@@ -108,18 +108,23 @@ class Driver:
         switch_to(_PARTS[task.kind])
         self._alive(str(task))
         tensors = self._await_payload(task)
-        start = time.perf_counter()
+        start = self._device_time()
         self._logic.begin(task)
         if self._logic.is_first and self._plan.admits(task):
             tensors = self._compute.admit(task.microbatch)
         compute = self._compute.forward if task.kind.forwards else self._compute.backward
         outcome = compute(task, tensors)
         send = self._logic.complete(task, outcome.step)
-        if self._recorder is not None:
-            current_platform().synchronize_stream()  # for the device's times; a send may wait for its peer
-            self._recorder.record(TaskRecord(self._stage, *task, start, time.perf_counter()))
+        if self._recorder is not None:  # before a send, which may wait for its peer
+            self._recorder.record(TaskRecord(self._stage, *task, start, self._device_time()))
         if send is not None:
             self._send(send, outcome.tensors)
+
+    def _device_time(self) -> float:
+        """Now, once the device has done what it was given, if tasks are recorded."""
+        if self._recorder is not None:
+            current_platform().synchronize_stream()
+        return time.perf_counter()
 
     def _await_payload(self, task: Message) -> list[Tensor]:
         """Waits for what a task begins with, and for the sends that its beginning proves to have arrived.
