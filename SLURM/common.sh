@@ -22,7 +22,7 @@ enter_cluster() {
     fi
     setup_node || fail "setup_node of $settings failed" "$FAILURE"
     python=${PYTHON:-${given:-$SLURM_SUBMIT_DIR/.venv/bin/python}}
-    if [[ -z ${CONTAINER:-} && ! -x $(command -v "$python") ]]; then
+    if [[ -z ${CONTAINER:-} && ${SRUN_ARGUMENTS:-} != *--container-* && ! -x $(command -v "$python") ]]; then
         fail "there is no $python: run 'bash launch/setup.sh' on the login node, or set PYTHON in $settings"
     fi
     export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
@@ -32,6 +32,9 @@ enter_cluster() {
 # run_step COMMAND...: one task a rank on all nodes of the job, in the container if there is one.
 run_step() {
     local options=(--kill-on-bad-exit=1 --mpi="${MPI:-none}" --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
+    if [[ ${SRUN_ARGUMENTS:-} == *--container-image* && ${SRUN_ARGUMENTS:-} != *--container-workdir* ]]; then
+        options+=(--container-workdir="$PWD") # pyxis starts in the image's own otherwise
+    fi
     # shellcheck disable=SC2086  # settings of several words
     srun "${options[@]}" ${SRUN_ARGUMENTS:-} ${CONTAINER:-} "$@"
 }

@@ -14,6 +14,7 @@ import os
 import queue
 import signal
 import stat
+import sys
 import warnings
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -96,7 +97,13 @@ class BackgroundWrite:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
-            self._process.start()
+            try:
+                self._process.start()
+            except OSError as error:  # no room for another process: the rank writes by itself
+                print(f"warning: a checkpoint is not written in the background: {error}", file=sys.stderr, flush=True)
+                self._process = None
+                self._connection.close()
+                self._written = _write(self._request, arguments)
         theirs.close()
 
     def _receive(self) -> None:

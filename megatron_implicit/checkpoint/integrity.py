@@ -85,7 +85,7 @@ def identify(folder: Path) -> str:
 def _read_manifest(folder: Path) -> tuple[dict[str, FileEntry], Optional[str]]:
     try:
         return json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"], None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return {}, f"{folder} has no readable {MANIFEST_FILE}"
 
 

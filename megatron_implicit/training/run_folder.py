@@ -22,10 +22,14 @@ import torch.distributed as dist
 
 from megatron_implicit.checkpoint.layout import sync_folder, write_durably
 from megatron_implicit.comm.agreement import control_group
-from megatron_implicit.errors import LaunchError, LeaseLostError
+from megatron_implicit.errors import LaunchError, LeaseLostError, MachineError
 from megatron_implicit.telemetry.line_file import LineFile
 
 EVENTS_FILE, LEASE_FILE = "events.jsonl", "lease.json"
+
+
+LEASE_PAUSES_S = (0.1, 1.0, 5.0, 10.0, 20.0, 30.0)
+"""Between attempts to read a lease that cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,9 @@ class RunFolder:
 
         Raises:
             LeaseLostError: another job has taken the lease over; the refusal is in ``logs/refused.jsonl``.
+            MachineError: the lease cannot be read, however often it is tried.
         """
-        holder = read_lease(self.path)
+        holder = self._holder()
         if holder is not None and holder.token == self.lease.token:
             return
         who = f"attempt {holder.attempt} (job {holder.job} on {holder.host})" if holder else "nobody"
@@ -115,6 +120,19 @@ class RunFolder:
             f"{self.path} is held by {who}, no longer by this job's attempt {self.lease.attempt}: {purpose} was refused "
             "and this job ends"
         )
+
+    def _holder(self) -> Optional[Lease]:
+        """Who holds the folder; None where its file is gone. A network's file system may be away for a moment."""
+        for pause in (*LEASE_PAUSES_S, None):
+            try:
+                return Lease(**json.loads((self.path / LEASE_FILE).read_text(encoding="utf-8")))
+            except FileNotFoundError:
+                return None
+            except (OSError, ValueError, TypeError) as error:
+                problem = error
+            if pause is not None:
+                time.sleep(pause)
+        raise MachineError(f"{self.path / LEASE_FILE} cannot be read ({problem}): the job ends, and can be started again")
 
     def event(self, kind: str, message: str, step: int) -> None:
         """Appends a line to events.jsonl; the caller decides which rank speaks."""

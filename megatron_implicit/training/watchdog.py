@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import sys
 import threading
@@ -77,10 +78,17 @@ class Watchdog:
             # Needs no lock of the interpreter once it is set, so it speaks even where this thread cannot.
             faulthandler.dump_traceback_later(max(self._limit - idle, 0) + 2 * GRACE_S, file=sys.__stderr__)
             if idle > self._limit:
-                self._mark.touch()
+                with contextlib.suppress(OSError):  # the others then find out by themselves
+                    self._mark.touch()
                 self._end(f"no progress for {idle:.0f} s in {progress.where}")
-            elif self._mark.exists():
+            elif self._another_hangs():
                 self._end(f"another rank hangs; this one is {idle:.0f} s into {progress.where}")
+
+    def _another_hangs(self) -> bool:
+        try:
+            return self._mark.exists()
+        except OSError:  # a file system that is away for a moment says nothing
+            return False
 
     def _end(self, what: str) -> None:
         """Writes the stacks of all threads to the log and the run's folder, and ends this process."""

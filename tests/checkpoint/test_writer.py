@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -130,6 +131,14 @@ def test_copies_are_waited_for_before_an_update(
 ) -> None:
     copy_late(monkeypatch)
     assert all(train_beside_saves(tmp_path, {"distributed_optimizer": True}, saves=2))
+
+
+def test_where_no_process_can_be_made_the_rank_writes_by_itself(
+    one_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(os, "fork", mock.Mock(side_effect=OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))))
+    assert all(train_beside_saves(tmp_path, {}))
+    assert "not written in the background: [Errno 12]" in capfd.readouterr().err
 
 
 def plan_as_before(folder: Path) -> list[bool]:

@@ -54,11 +54,8 @@ class Interruption(Callback):
         if reason:
             trainer.stop("the time limit is near" if reason == _TIME_LIMIT else signal.Signals(reason).name)
 
-    def on_failure(self, trainer: "Trainer", error: BaseException) -> None:
-        self._restore()
-
-    def on_end(self, trainer: "Trainer") -> None:
-        self._restore()
+    def on_exit(self, trainer: "Trainer") -> None:
+        self._restore()  # not before the last checkpoint is there: another signal would kill the rank that saves it
 
     def _remember(self, number: int, frame: Optional[FrameType]) -> None:
         self._signal = number
