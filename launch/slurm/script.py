@@ -36,7 +36,7 @@ class JobScript:
         """The whole script."""
         header = ["#!/usr/bin/env bash", *(f"# {line}".rstrip() for line in self.comments), ""]
         options = (f"--job-name={self.name}", *self.options, *shlex.split(self.cluster.sbatch_arguments))
-        header += [f"#SBATCH {option}" for option in options]
+        header += [f"#SBATCH {_one_word(option)}" for option in options]
         header += ["", *(f"export {name}={shlex.quote(value)}" for name, value in self.variables.items())]
         header += [*self._set_arguments(), ""]
         body = self.body.read_text(encoding="utf-8").partition(BODY)
@@ -47,6 +47,12 @@ class JobScript:
             return [f"set -- {shlex.join(self.arguments[0])}"]
         cases = [f"    {index}) set -- {shlex.join(words)} ;;" for index, words in enumerate(self.arguments)]
         return ["case ${SLURM_ARRAY_TASK_ID:-0} in", *cases, "esac"]
+
+
+def _one_word(option: str) -> str:
+    """As sbatch reads it where a value has spaces, such as the path of a run."""
+    name, sign, value = option.partition("=")
+    return f"{name}{sign}{shlex.quote(value)}" if " " in value else option
 
 
 def resources(

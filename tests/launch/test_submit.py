@@ -171,6 +171,13 @@ def test_a_dry_run_prints_a_script_and_writes_nothing(cluster_file: Path) -> Non
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
 
 
+def test_a_folder_with_spaces_is_one_word_for_sbatch(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.env"
+    file.write_text(f"GPUS_PER_NODE=0\nRANKS_PER_NODE=1\nRUNS='{tmp_path}/my runs'\n")
+    done = submit("implicit_mamba2_tiny", "--dry-run", "--cluster", file)
+    assert f"#SBATCH --output='{tmp_path}/my runs/implicit_mamba2_tiny/" in done.stdout, done.stderr
+
+
 def test_an_array_s_tasks_get_a_point_each(cluster_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "rates.yaml"
     file.write_text(
