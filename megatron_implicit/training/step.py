@@ -17,7 +17,7 @@ from megatron_implicit.comm.reductions import from_last_stage
 from megatron_implicit.comm.ring import ring_of_layout
 from megatron_implicit.config import Config
 from megatron_implicit.data.sampling import Batch, on_device
-from megatron_implicit.errors import DivergedError, MachineError, MegatronImplicitError, NonFiniteIterateError
+from megatron_implicit.errors import DivergedError, MachineError, NonFiniteIterateError
 from megatron_implicit.schedules import Limits
 from megatron_implicit.schedules.recirculating import RecirculatingSchedule
 from megatron_implicit.solver import SolveTrace
@@ -40,8 +40,8 @@ class Measured:
     """Mean cross-entropy over the global batch, in nats a token."""
     traces: list[SolveTrace]
     """Solver statistics of this replica's microbatches, in order, as its last pipeline stage knows them."""
-    broken: Optional[MegatronImplicitError]
-    """A solve of some replica whose iterate is not finite, as this rank knows it."""
+    broken: Optional[NonFiniteIterateError]
+    """A solve of this rank whose iterate is not finite."""
     statistics: dict[str, Optional[float]] = field(default_factory=dict)
     """Of the solver, over all replicas."""
     grad_norm: float = 0.0
@@ -198,13 +198,14 @@ class StepRunner:
 
     def _judge(self, measured: Measured, repeats: int) -> Verdict:
         """The judgement of all ranks: that of the one that finds the most; a model that is lost can only stop."""
-        broken = str(measured.broken) if isinstance(measured.broken, NonFiniteIterateError) else None
+        broken = str(measured.broken) if measured.broken else None
         verdict = self._health.judge(measured.loss, measured.grad_norm, measured.statistics, broken, repeats)
         if not largest(verdict.severity):
             return verdict
-        verdicts: list[Verdict] = [verdict] * dist.get_world_size()
-        dist.all_gather_object(verdicts, verdict, group=control_group())
-        verdict = max(verdicts, key=lambda other: other.severity)
+        verdicts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(verdicts, (verdict, broken is not None), group=control_group())
+        # Of equally bad ones that of a rank which knows the iterate: a loss that is not finite tells the others less.
+        verdict, _ = max(verdicts, key=lambda other: (other[0].severity, other[1]))
         if verdict.action in (Action.SKIP, Action.RETRY) and largest(not self._parameters_are_finite()):
             lost = Finding("nonfinite", "parameters are not finite, so that no step can be good")
             return Verdict(Action.STOP, (*verdict.findings, lost))
@@ -228,11 +229,12 @@ def _finalize_model_grads(*args: Any, **kwargs: Any) -> None:
         finalize_model_grads(*args, **kwargs)
 
 
-def _broken_solve(step: int, traces: list[SolveTrace]) -> MegatronImplicitError:
+def _broken_solve(step: int, traces: list[SolveTrace]) -> Optional[NonFiniteIterateError]:
+    """The first of this rank's microbatches whose iterate is not finite."""
     for microbatch, trace in enumerate(traces):
         if trace.broken_at is not None and bool(trace.broken_at.any()):
             return NonFiniteIterateError.of(trace.broken_at).at(step, microbatch)
-    return DivergedError(f"step {step}: the iterate of another rank is not finite: see its message")
+    return None
 
 
 def _token_losses(model: Any, batch: Batch, microbatch: int) -> Tensor:

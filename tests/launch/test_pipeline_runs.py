@@ -111,9 +111,13 @@ def test_a_stage_killed_in_its_solve_ends_all_ranks_with_the_message(runs: Runs,
     assert f"pipeline stage {stage} (rank {victim}) is gone" in first
 
 
-def test_a_non_finite_iterate_ends_both_stages_and_is_named(runs: Runs) -> None:
+def test_a_weight_that_is_not_finite_ends_both_stages_and_the_iterate_is_named(runs: Runs) -> None:
     job = runs.start("broken", "--parallel.pipeline", "2", "--debug.inject", "nonfinite_iterate@6:1", processes=2)
     assert job.code != exits.DONE
-    assert any(
-        "pipeline stage 1 (rank 1) found a non-finite iterate in microbatch 0, evaluation 1" in line for line in job.errors
-    ), job.output
+    assert any("step 6, microbatch 0, evaluation 1: the fixed-point iterate" in line for line in job.errors), job.output
+
+
+def test_an_iterate_that_is_not_finite_is_skipped_by_both_stages(runs: Runs) -> None:
+    job = runs.start("skipped", "--parallel.pipeline", "2", "--debug.inject", "nonfinite_solve@6:1", processes=2)
+    assert job.code == exits.DONE, job.output
+    assert [entry["step"] for entry in runs.metrics("skipped").values() if entry.get("skipped")] == [6]
