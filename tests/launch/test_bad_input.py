@@ -29,7 +29,7 @@ def test_missing_data(runs: Runs, tmp_path: Path) -> None:
 
 
 def test_an_empty_folder(runs: Runs, tmp_path: Path) -> None:
-    _refused(runs, "tokenizer", "--data.path", str(tmp_path))
+    _refused(runs, "no dataset", "--data.path", str(tmp_path))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
