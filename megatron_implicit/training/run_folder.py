@@ -53,9 +53,13 @@ class Lease:
 def read_lease(run_dir: Path) -> Optional[Lease]:
     """Who holds the folder; None where nobody ever did."""
     try:
-        return Lease(**json.loads((run_dir / LEASE_FILE).read_text(encoding="utf-8")))
+        return _load_lease(run_dir)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def _load_lease(run_dir: Path) -> Lease:
+    return Lease(**json.loads((run_dir / LEASE_FILE).read_text(encoding="utf-8")))
 
 
 class RunFolder:
@@ -125,7 +129,7 @@ class RunFolder:
         """Who holds the folder; None where its file is gone. A network's file system may be away for a moment."""
         for pause in (*LEASE_PAUSES_S, None):
             try:
-                return Lease(**json.loads((self.path / LEASE_FILE).read_text(encoding="utf-8")))
+                return _load_lease(self.path)
             except FileNotFoundError:
                 return None
             except (OSError, ValueError, TypeError) as error:
