@@ -98,19 +98,19 @@ def test_two_jobs_are_live_on_the_page_and_a_slow_rank_is_named(
         assert (alert["run"], alert["rank"], alert["node"]) == ("uneven", "1", "n2")
 
         browser.open(page.url)
-        text = browser.text()
-        assert "rank 1 on n2 holds up uneven" in text and "even" in text and f"{even}" in text and f"{uneven}" in text
+        browser.wait_for_text("rank 1 on n2 holds up uneven")
+        assert f"{even}" in browser.text() and f"{uneven}" in browser.text()
         nodes = browser.evaluate("[...document.querySelectorAll('#nodes tbody tr')].map(r => r.innerText)")
         assert sorted(row.split("\t")[:3] for row in nodes) == [
             [node, run, "up"] for node in ("n1", "n2") for run in ("even", "uneven")
         ]  # fmt: skip
         assert looks_drawn(browser.screenshot(pictures / "slurm-overview.png"))
         step = latest_step(browser)
-        time.sleep(5)
-        assert latest_step(browser) > step  # the page follows by itself
+        wait_until(lambda: latest_step(browser) > step, 60, "the page follows by itself", pause=0.5)
 
         browser.open(f"{page.url}#/run/uneven")
-        assert "live from Prometheus" in browser.text() and "◀ rank 1 on n2" in browser.text()
+        for text in ("live from Prometheus", "◀ rank 1 on n2"):
+            browser.wait_for_text(text)
         assert looks_drawn(browser.screenshot(pictures / "slurm-uneven.png"))
         browser.wait("document.querySelector('#heat canvas').width > 5", 60)
         assert slow_row_is_warmer(browser)

@@ -114,6 +114,10 @@ class Browser:
         """What can be read on the page."""
         return self.evaluate("document.body ? document.body.innerText : ''")
 
+    def wait_for_text(self, text: str, timeout: float = 30.0) -> None:
+        """Until the page shows it; the page asks its server every few seconds."""
+        self.wait(f"document.body.innerText.includes({json.dumps(text)})", timeout)
+
     def hover(self, selector: str) -> str:
         """Moves the mouse over an element and returns the hint that appears."""
         box = self.evaluate(

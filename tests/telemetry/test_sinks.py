@@ -84,11 +84,11 @@ def test_a_sink_that_hangs_does_not_hold_up_training(monkeypatch: pytest.MonkeyP
     began = time.monotonic()
     for step in range(2 * thread_module.CAPACITY):
         sinks.step(metrics(step), {})
-        if step % 64 == 0:
-            time.sleep(0.01)
-    assert sinks.flush(0.05)  # nothing that a checkpoint needs hangs
-    assert time.monotonic() - began < 2
-    assert good.steps[-1] > 500  # nor does another sink
+        while step % 64 == 0 and step not in good.steps:  # no other sink is held up
+            assert time.monotonic() < began + 20
+            time.sleep(0.001)
+    assert sinks.flush(5)  # nothing that a checkpoint needs hangs
+    assert time.monotonic() - began < 20  # the sink hangs for 30
     assert said == ["hanging is 512 steps behind: what follows is left out until it catches up"]
     release.set()
 

@@ -26,7 +26,7 @@ def test_parts_add_up_to_the_step() -> None:
     seconds = clock.times.seconds()
     assert set(seconds) == {*PARTS, "step"}
     assert seconds["solve"] >= 0.03 and seconds["communication"] >= 0.03
-    assert seconds["step"] == pytest.approx(elapsed, abs=0.02)
+    assert 0.06 <= seconds["step"] <= elapsed
     assert sum(seconds[part] for part in PARTS) == pytest.approx(seconds["step"])
 
 
@@ -51,9 +51,10 @@ def _one_rank_is_slow() -> dict[str, float]:
 
     observe_collectives(lambda: timed_as("communication"))
     clock = StepClock()
+    dist.barrier()  # a rank may have got its job later than the other
     with clock.step():
         switch_to("solve")
-        time.sleep(0.3 if dist.get_rank() else 0.05)
+        time.sleep(1.0 if dist.get_rank() else 0.0)
         dist.all_reduce(torch.ones(8))
         switch_to("optimizer")
     return clock.times.seconds()
@@ -61,5 +62,5 @@ def _one_rank_is_slow() -> dict[str, float]:
 
 def test_the_rank_that_others_wait_for_is_the_one_that_does_not_wait(pool) -> None:
     fast, slow = pool(2).run(_one_rank_is_slow)
-    assert fast["communication"] > 0.15 > fast["solve"]
-    assert slow["communication"] < 0.15 and slow["solve"] >= 0.3
+    assert fast["communication"] > slow["communication"]
+    assert slow["solve"] >= 1.0 and slow["solve"] > fast["solve"]
