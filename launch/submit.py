@@ -52,6 +52,8 @@ class Submission:
     """Of the run, or of the sweep's runs."""
     code: Path
     runs: Sequence[Run]
+    parent: Path | None = None
+    """Checkpoint that the run branches off."""
 
 
 def main() -> int:
@@ -61,12 +63,7 @@ def main() -> int:
     own, overrides = _set_apart(sys.argv[1:])
     options = _parser().parse_args(own)
     cluster = read_cluster(options.cluster)
-    runs_folder = Path(cluster.runs or ROOT / "runs").expanduser().resolve()
-    submission = (
-        _sweep(options, overrides, cluster, runs_folder)
-        if options.sweep
-        else _single(options, overrides, cluster, runs_folder)
-    )
+    submission = (_sweep if options.sweep else _single)(options, overrides, cluster)
     text = submission.script.text()
     if options.dry_run:
         print(text, end="")
@@ -140,14 +137,19 @@ def _time(text: str) -> str:
     return text
 
 
-def _single(options: argparse.Namespace, overrides: list[str], cluster: Cluster, runs_folder: Path) -> Submission:
+def _runs_folder(cluster: Cluster) -> Path:
+    return Path(cluster.runs or ROOT / "runs").expanduser().resolve()
+
+
+def _single(options: argparse.Namespace, overrides: list[str], cluster: Cluster) -> Submission:
     """One run: of a preset, its bounded part, or a branch."""
+    runs_folder = _runs_folder(cluster)
     if not options.preset:
         raise ConfigError("name a preset, or --sweep FILE (see bash SLURM/submit.sh --help)")
     if options.bounded and options.branch:
         raise ConfigError("--bounded and --branch are different runs: choose one")
     config_file = find_config(options.preset, ROOT)
-    name, extra, remarks, done = config_file.stem, [], [], 0
+    name, extra, remarks, done, checkpoint = config_file.stem, [], [], 0, None
     if options.bounded:
         name, extra = f"{name}_bounded", bounded_only(config_file)
     elif options.branch:
@@ -160,16 +162,17 @@ def _single(options: argparse.Namespace, overrides: list[str], cluster: Cluster,
     validate_world(run.config, nodes * cluster.ranks)
     folder = run.folder
     comments = [f"run {folder}", *describe(run.config, cluster, nodes, done / run.config.train.steps), *remarks]
-    return _submission(options, cluster, folder, [run], nodes, comments, f"--output={folder}/logs/slurm.out")
+    output = f"--output={folder}/logs/slurm.out"
+    return _submission(options, cluster, folder, [run], nodes, comments, output, parent=checkpoint)
 
 
-def _sweep(options: argparse.Namespace, overrides: list[str], cluster: Cluster, runs_folder: Path) -> Submission:
+def _sweep(options: argparse.Namespace, overrides: list[str], cluster: Cluster) -> Submission:
     """All runs of a grid."""
     if options.preset or options.bounded or options.branch or options.chain > 1:
         raise ConfigError("--sweep goes without a preset, --bounded, --branch and --chain: its file says what to run")
     sweep = read_sweep(options.sweep)
     config_file = find_config(sweep.preset, ROOT)
-    folder = runs_folder / options.sweep.stem
+    folder = _runs_folder(cluster) / options.sweep.stem
     nodes = options.nodes or sweep.nodes
     runs = [
         plan_run(config_file, folder / name, [*arguments, *overrides], data=cluster.data, repository=ROOT)
@@ -188,26 +191,27 @@ def _sweep(options: argparse.Namespace, overrides: list[str], cluster: Cluster, 
 
 def _submission(
     options: argparse.Namespace, cluster: Cluster, folder: Path, runs: Sequence[Run], nodes: int,
-    comments: Sequence[str], *more: str,
+    comments: Sequence[str], *more: str, parent: Path | None = None,
 ) -> Submission:  # fmt: skip
+    code = folder / "code"
     script = JobScript(
-        body=ROOT / "SLURM" / "pretrain.sbatch",
+        body=(code if code.exists() and not options.update_code else ROOT) / "SLURM" / "pretrain.sbatch",
         cluster=cluster,
-        name=folder.name,
+        name=folder.name if folder.parent == _runs_folder(cluster) else f"{folder.name}@{folder.parent}",
         comments=comments,
         options=[
             *resources(cluster, nodes, options.time or cluster.time),
             "--requeue", "--open-mode=append", f"--signal=B:USR1@{cluster.warning_seconds}", *more,
         ],
         variables={
-            "CODE": str(folder / "code"),
+            "CODE": str(code),
             "CLUSTER": str(folder / "slurm" / "cluster.env"),
             "PYTHON": cluster.python or str(ROOT / ".venv" / "bin" / "python"),
             **({"CHAIN": str(options.chain)} if options.chain > 1 else {}),
         },
         arguments=[[_config_of(run, folder), *run.arguments] for run in runs],
     )  # fmt: skip
-    return Submission(script, folder, folder / "code", runs)
+    return Submission(script, folder, code, runs, parent)
 
 
 def _config_of(run: Run, folder: Path) -> str:
@@ -219,6 +223,8 @@ def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: b
     """Writes everything the job needs into the run's folder; returns whether the code is new there."""
     for folder in ("logs", "slurm"):
         (submission.folder / folder).mkdir(parents=True, exist_ok=True)
+    if submission.parent:
+        _keep_parent(submission.parent)
     new_code = keep_code(ROOT, submission.code, update=update_code)
     shutil.copyfile(cluster.path, submission.folder / "slurm" / "cluster.env")
     run = submission.runs[0]
@@ -226,6 +232,16 @@ def _keep(submission: Submission, text: str, cluster: Cluster, *, update_code: b
         shutil.copyfile(run.config_file, _config_of(run, submission.folder))
     (submission.folder / "slurm" / "job.sbatch").write_text(text, encoding="utf-8")
     return new_code
+
+
+def _keep_parent(checkpoint: Path) -> None:
+    """The parent may train on, and must not prune the checkpoint while the branch waits in the queue."""
+    from megatron_implicit.checkpoint.layout import CheckpointFolder  # with torch: only if need be
+
+    try:
+        CheckpointFolder.keep(checkpoint)
+    except OSError as error:
+        print(f"warning: {checkpoint} may be pruned before the branch starts ({error.strerror})", file=sys.stderr)
 
 
 def _submit(submission: Submission, chain: int) -> Iterator[str]:

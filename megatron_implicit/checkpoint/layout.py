@@ -2,7 +2,7 @@
 
 A step's folder is written as ``step_00000100.attempt0.partial`` and renamed when everything in it is on disk; ``latest``
 moves after that. Whatever is interrupted, the newest whole checkpoint stays named. One that turns out damaged is renamed
-to ``step_00000100.damaged``.
+to ``step_00000100.damaged``; one beside which there is a file ``step_00000100.keep`` is not pruned.
 """
 
 from __future__ import annotations
@@ -96,6 +96,20 @@ class CheckpointFolder:
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(damaged, aside)
 
+    @staticmethod
+    def keep(checkpoint: Path) -> None:
+        """Keeps a checkpoint from being pruned, also by a job that trains meanwhile, as long as the file beside it is there.
+
+        Raises:
+            CheckpointError: it is not there any more.
+            OSError: the folder cannot be written.
+        """
+        file = _keep_file(checkpoint)
+        file.touch()
+        if not checkpoint.is_dir():
+            file.unlink()
+            raise CheckpointError(f"{checkpoint} is not there any more: take another checkpoint")
+
     def remove_leftovers(self) -> None:
         """Removes what earlier attempts did not finish."""
         for path in self.path.glob("step_*.partial"):
@@ -104,19 +118,23 @@ class CheckpointFolder:
     def prune(self, keep_last: int, keep_every: int, is_ephemeral: Callable[[int], bool] = lambda step: False) -> None:
         """Removes all but the newest ``keep_last`` checkpoints and those at multiples of ``keep_every`` steps.
 
-        An ephemeral checkpoint stays only while it is the newest, and does not count. Checkpoints newer than
-        ``latest`` are left alone: after a roll-back they are not this run's. They are gone from the list at once, and from
-        the disk in the background; what is left of them when the process dies is a leftover.
+        An ephemeral checkpoint stays only while it is the newest, and does not count. Checkpoints that ``keep`` was
+        called for stay, and those newer than ``latest``: after a roll-back they are not this run's. What is removed is gone
+        from the list at once, and from the disk in the background; what is left of it when the process dies is a leftover.
         """
         latest = self.latest()
         steps = [step for step in self.steps() if latest is not None and self.step_folder(step) <= latest]
         lasting = [step for step in steps if not is_ephemeral(step)]
         kept = {*steps[-1:], *lasting[-keep_last:], *(step for step in lasting if keep_every and step % keep_every == 0)}
         for step in steps:
-            if step not in kept:
+            if step not in kept and not _keep_file(self.step_folder(step)).exists():
                 pruned = self.path / f"{self.step_folder(step).name}.pruned.partial"
                 os.replace(self.step_folder(step), pruned)
                 threading.Thread(target=shutil.rmtree, args=(pruned, True), name=f"removes {pruned.name}").start()
+
+
+def _keep_file(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.keep")
 
 
 def locate_checkpoint(path: Path) -> Path:

@@ -39,6 +39,17 @@ def test_an_ephemeral_checkpoint_stays_while_it_is_the_newest_and_does_not_count
     assert folder.steps() == [200, 300]
 
 
+def test_a_checkpoint_that_is_to_stay_is_not_pruned(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, 100, 150, 200, 300)
+    for step in (100, 150):
+        folder.keep(folder.step_folder(step))
+    folder.prune(1, 0, is_ephemeral=lambda step: step == 150)
+    assert folder.steps() == [100, 150, 300]
+    with pytest.raises(CheckpointError, match="step_00000200 is not there any more"):
+        folder.keep(folder.step_folder(200))
+    assert not list(tmp_path.glob("step_00000200*.keep"))
+
+
 def test_checkpoints_newer_than_latest_are_left_alone(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, 100, 200, 300)
     folder.point_to(folder.step_folder(200))

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from launch.slurm.cluster import is_time_limit, read_cluster
 from launch.slurm.runs import Branch, bounded_only, find_config, plan_run
 from launch.slurm.snapshot import keep_code
 from launch.slurm.sweep import read_sweep
+from megatron_implicit.checkpoint import CheckpointFolder
 from megatron_implicit.config import load_config, save_config
 from megatron_implicit.config.validate import validate_world
 from megatron_implicit.errors import CheckpointError, ConfigError, LaunchError
@@ -281,21 +283,56 @@ def test_the_code_is_kept_with_the_run_and_replaced_only_on_demand(tmp_path: Pat
     assert (target / "VERSION").read_text().strip()
 
 
-def test_a_refused_submission_leaves_no_code_that_the_next_would_run(cluster_file: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def submit_with(cluster_file: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Submits to a Slurm that accepts as many jobs as it is told."""
     accepts, sbatch = tmp_path / "accepts", tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
-    sbatch.write_text(  # a Slurm that accepts as many jobs as the file says
+    sbatch.write_text(
         f"#!/bin/bash\nleft=$(cat {accepts})\n((left > 0)) || {{ echo 'sbatch: error: no account' >&2; exit 1; }}\n"
         f"echo $((left - 1)) >{accepts}\necho $((100 - left))\n"
     )
     sbatch.chmod(0o755)
-    code = tmp_path / "runs" / "explicit_llama_tiny" / "code"
 
-    def submit_with(count: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    def submit_(count: int, *arguments: object, preset: str = "explicit_llama_tiny") -> subprocess.CompletedProcess[str]:
         accepts.write_text(str(count))
         path = f"{sbatch.parent}:{os.environ['PATH']}"
-        return submit("explicit_llama_tiny", "--cluster", cluster_file, *arguments, PATH=path)
+        return submit(preset, "--cluster", cluster_file, *arguments, PATH=path)
 
+    return submit_
+
+
+def test_a_branch_keeps_its_checkpoint_from_being_pruned(parent: Path, submit_with: Callable) -> None:
+    branch = ["--branch", f"{parent}@0.7"]
+    checkpoints = CheckpointFolder(parent / "checkpoints")
+    checkpoints.point_to(checkpoints.step_folder(100))
+    assert submit_with(1, *branch, "--dry-run", preset="implicit_mamba2_tiny").returncode == 0
+    assert not list(checkpoints.path.glob("*.keep"))
+    done = submit_with(1, *branch, preset="implicit_mamba2_tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    checkpoints.prune(keep_last=1, keep_every=0)
+    assert checkpoints.steps() == [70, 100]
+
+
+def test_a_run_goes_on_with_its_own_batch_script(tmp_path: Path, submit_with: Callable) -> None:
+    run = tmp_path / "runs" / "explicit_llama_tiny"
+    assert submit_with(1).returncode == 0
+    script = run / "code" / "SLURM" / "pretrain.sbatch"
+    script.write_text(script.read_text() + "# of the run\n")
+    assert submit_with(1).returncode == 0
+    assert (run / "slurm" / "job.sbatch").read_text().endswith("# of the run\n")
+    assert submit_with(1, "--update-code").returncode == 0
+    assert "# of the run" not in (run / "slurm" / "job.sbatch").read_text()
+
+
+def test_runs_in_different_places_have_different_names(cluster_file: Path, tmp_path: Path) -> None:
+    for folder, name in (("runs/a", "a"), ("runs/sub/a", f"a@{tmp_path}/runs/sub"), ("a", f"a@{tmp_path}")):
+        done = submit("explicit_llama_tiny", "--dry-run", "--cluster", cluster_file, "--run.dir", tmp_path / folder)
+        assert f"#SBATCH --job-name={name}\n" in done.stdout, done.stderr
+
+
+def test_a_refused_submission_leaves_no_code_that_the_next_would_run(tmp_path: Path, submit_with: Callable) -> None:
+    code = tmp_path / "runs" / "explicit_llama_tiny" / "code"
     refused = submit_with(0)
     assert (refused.returncode, refused.stderr) == (1, "error: sbatch refuses the job: sbatch: error: no account\n")
     assert not code.exists()
