@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_implicit.config import Config, config_from_dict
+from megatron_implicit.conversion.values import count, number, refuse_other, section
 from megatron_implicit.errors import CheckpointError
 from megatron_implicit.layers.sections import Section, injection_projection, projection
 from megatron_implicit.layers.sharding import Placement, placed_parameters
@@ -221,11 +222,11 @@ def config_from_reference(reference: dict[str, Any], source: str) -> Config:
     """Our configuration of a reference config.json; training sections keep their defaults.
 
     Raises:
-        ConfigError, CheckpointError: the file lacks a field or describes a model we do not build.
+        ConfigError, CheckpointError: a field is missing or wrong, or it is a model we do not build.
     """
     try:
         _refuse_other_models(reference, source)
-        return config_from_dict(_sections_from_reference(reference))
+        return config_from_dict(_sections_from_reference(reference, source))
     except KeyError as error:
         raise CheckpointError(f"{source}: config.json lacks {error.args[0]!r}") from None
 
@@ -240,29 +241,26 @@ _BUILT = (
 
 
 def _refuse_other_models(reference: dict[str, Any], source: str) -> None:
-    for section, key, value in _BUILT:
+    for where, key, value in _BUILT:
         place = reference
-        for name in filter(None, section.split(".")):
-            place = place.get(name) or {}
-        if place.get(key, value) != value:
-            raise CheckpointError(
-                f"{source}: {f'{section}.{key}'.lstrip('.')}={place[key]} is not supported: only {value} is"
-            )
+        for name in filter(None, where.split(".")):
+            place = section(place, name, source)
+        refuse_other(source, f"{where}.{key}".lstrip("."), place.get(key, value), value)
     block = reference["backbone_config"]["block_type"]
-    if block not in _BLOCKS:
+    if str(block) not in _BLOCKS:
         raise CheckpointError(f"{source}: block_type={block} is not supported: only {', '.join(_BLOCKS)} are")
 
 
-def _sections_from_reference(reference: dict[str, Any]) -> dict[str, Any]:
+def _sections_from_reference(reference: dict[str, Any], source: str) -> dict[str, Any]:
     backbone = reference["backbone_config"]
     architecture = _BLOCKS[backbone["block_type"]]
-    width, block = backbone["d_model"], backbone.get("block_cfg", {})
+    width, block = backbone["d_model"], section(backbone, "block_cfg", source)
     model: dict[str, Any] = {
         "family": f"{reference['backbone_type']}_{architecture}",
         "size": "custom",
         "num_layers": backbone["n_layer"],
         "hidden_size": width,
-        "vocab_size": _padded_vocabulary(reference),
+        "vocab_size": _padded_vocabulary(reference, source),
         "embedding_init_std": reference.get("emb_init_std", 0.01),
         "tie_embeddings": reference.get("tie_embeddings", True),
     }
@@ -276,27 +274,27 @@ def _sections_from_reference(reference: dict[str, Any]) -> dict[str, Any]:
             "scan_chunk_size": block.get("chunk_size", 256),
         }
     else:
-        model |= {"num_heads": block["n_head"], "ffn_size": int(2 * backbone["d_inner"] / 3)}
+        model |= {"num_heads": block["n_head"], "ffn_size": int(2 * count(backbone, "d_inner", source) / 3)}
     sections = {
         "model": model,
         "train": {"steps": 1},
         "optimizer": {"learning_rate": 1e-3},
     }
-    if reference.get("deq_params"):
-        sections |= _solver_from_reference(reference["deq_params"])
+    if deq := section(reference, "deq_params", source):
+        sections |= _solver_from_reference(deq, source)
     return sections
 
 
-def _padded_vocabulary(reference: dict[str, Any]) -> int:
-    size = reference["vocab_size"]
-    multiple = reference.get("pad_vocab_size_multiple", 8) if reference.get("pad_vocab") else 1
+def _padded_vocabulary(reference: dict[str, Any], source: str) -> int:
+    size = count(reference, "vocab_size", source)
+    multiple = count(reference, "pad_vocab_size_multiple", source, 8) if reference.get("pad_vocab") else 1
     return -(-size // multiple) * multiple
 
 
-def _solver_from_reference(deq: dict[str, Any]) -> dict[str, Any]:
-    solver, training = deq["solver"], deq["training"]
-    iterations = solver["f_max_iter"]
-    evaluation = solver.get("eval_f_max_iter", 0)
+def _solver_from_reference(deq: dict[str, Any], source: str) -> dict[str, Any]:
+    solver, training = section(deq, "solver", source), section(deq, "training", source)
+    iterations = count(solver, "f_max_iter", source)
+    evaluation = int(number(solver, "eval_f_max_iter", source, 0))
     return {
         "solver": {
             "max_iterations": iterations,
@@ -305,7 +303,7 @@ def _solver_from_reference(deq: dict[str, Any]) -> dict[str, Any]:
             "phantom_damping": training["tau"],
         },
         "inference": {
-            "max_iterations": evaluation if evaluation > 0 else int(iterations * solver.get("eval_factor", 4.0)),
+            "max_iterations": evaluation if evaluation > 0 else int(iterations * number(solver, "eval_factor", source, 4.0)),
         },
     }
 

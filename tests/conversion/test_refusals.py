@@ -101,6 +101,12 @@ REFERENCE = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
     "no JSON": (lambda folder: (folder / "config.json").write_text('{"backbone_config'), "is not valid JSON"),
     "other model": (lambda folder: edit_config(folder, head_bias=True), "head_bias=True is not supported"),
+    "text for a number": (lambda folder: edit_config(folder, vocab_size="many"), "vocab_size='many': it must be a pos"),
+    "text for a section": (lambda folder: edit_config(folder, deq_params="none"), "deq_params='none': it must be an"),
+    "text in the solver": (
+        lambda folder: edit_config(folder, deq_params={"solver": {"f_max_iter": "4"}, "training": {}}),
+        "f_max_iter='4': it must be a positive integer",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_implicit.config import Config, config_from_dict
 from megatron_implicit.conversion.formats.naming import Naming
-from megatron_implicit.conversion.formats.values import count, number, refuse_other
+from megatron_implicit.conversion.values import count, number, refuse_other
 from megatron_implicit.conversion.stored import EMBEDDING
 
 MAMBA2 = Naming(
