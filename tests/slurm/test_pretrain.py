@@ -28,6 +28,8 @@ class Story:
     arguments: list[str] = field(default_factory=list)
     events: list[tuple[int, Callable[[str], None]]] = field(default_factory=list)
     """(step that has been done, what then happens to the job that runs)."""
+    cluster: str = ""
+    """Added to cluster.env."""
     jobs: list[str] = field(default_factory=list)
     ends: list[tuple[str, str]] = field(default_factory=list)
 
@@ -61,7 +63,9 @@ def stories(cluster: Cluster, runs: SubmittedRuns) -> dict[str, Story]:
         "asked": Story(events=[(4, ask_to_stop)]),
         # Written while training waits: a checkpoint that is being written in the background dies with the job.
         "killed": Story(
-            ["--chain", "2", "--checkpoint.asynchronous", "false"], [(4, kill_everything), (10, kill_last_rank)]
+            ["--chain", "2", "--checkpoint.asynchronous", "false"],
+            [(4, kill_everything), (10, kill_last_rank)],
+            cluster="RUNS=/elsewhere\n",  # the jobs' name has the run's folder in it
         ),
         "cancelled": Story(events=[(2, cancel)]),
     }
@@ -73,7 +77,7 @@ def stories(cluster: Cluster, runs: SubmittedRuns) -> dict[str, Story]:
 
 
 def _submit(runs: SubmittedRuns, name: str, story: Story) -> None:
-    story.jobs = runs.submit(name, *story.arguments)
+    story.jobs = runs.submit(name, *story.arguments, cluster=story.cluster)
 
 
 def _tell(cluster: Cluster, runs: SubmittedRuns, stories: dict[str, Story], timeout: float) -> None:
