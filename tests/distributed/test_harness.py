@@ -124,8 +124,8 @@ def test_a_hang_ends_at_the_timeout_and_says_where() -> None:
         own.run(process_id)
         began = time.monotonic()
         with pytest.raises(DistributedError, match="did not finish in time") as failure:
-            own.run(hang_on_rank_0, timeout=2.0)
-        assert time.monotonic() - began < 10
+            own.run(hang_on_rank_0, timeout=10.0)
+        assert time.monotonic() - began < 100
     assert list(failure.value.errors) == [0]
     assert "in hang_on_rank_0" in failure.value.errors[0]
 
@@ -148,7 +148,7 @@ def test_what_a_job_started_ends_with_the_pool() -> None:
     with WorkerPool(1) as own:
         (program,) = own.run(start_a_program)
         assert is_running(program)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while is_running(program) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not is_running(program)

@@ -47,14 +47,14 @@ def quickstart() -> ModuleType:
 )
 def test_wrong_arguments_end_in_one_line_before_set_up(arguments: list[str], words: str) -> None:
     command = ["bash", str(LAUNCH / "quickstart.sh"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {words}") and done.stderr.count("\n") == 1
 
 
 def test_help_needs_no_set_up(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["bash", str(LAUNCH / "quickstart.sh"), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=10,
+        ["bash", str(LAUNCH / "quickstart.sh"), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60,
         env={"PATH": os.environ["PATH"], "PYTHON": "/nowhere"},
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout.startswith("Usage: bash launch/quickstart.sh")

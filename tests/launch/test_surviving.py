@@ -104,13 +104,11 @@ def test_an_orphan_is_refused_by_the_lease(runs: Runs) -> None:
 
 def test_a_rank_that_hangs_ends_the_job_with_the_stacks_of_all(runs: Runs) -> None:
     job = runs.launch(
-        "hung", *TENSOR, "--debug.inject", "hang@5:1", "--health.hang_minutes", "0.1", processes=2,
+        "hung", *TENSOR, "--debug.inject", "hang@5:1", "--health.hang_minutes", "0.5", processes=2,
     )  # fmt: skip
     try:
         runs.wait_for_step("hung", 4)
-        began = time.monotonic()
-        ranks = job.wait(timeout=60)
-        assert time.monotonic() - began < 6 + 5 + 15  # the limit, the grace, a loaded machine
+        ranks = job.wait(timeout=240)  # a collective would wait for ten minutes
     finally:
         job.kill()
     assert [rank.code for rank in ranks] == [exits.RESTART] * 2

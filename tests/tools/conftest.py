@@ -20,7 +20,7 @@ class Workplace:
 
     def run(self, tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(REPOSITORY / "tools" / f"{tool}.py"), *map(str, arguments)]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=300)
 
     def fails(self, words: str, *command: object, code: int = 1) -> None:
         """The command ends with ``code``, says ``words`` in a single line on stderr, and changes no file."""

@@ -110,14 +110,26 @@ def test_megatron_cores_builder_writes_the_same_bytes(material: Path, tmp_path: 
         assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"own.{suffix}").read_bytes()
 
 
+def partial_files(output: Path) -> set[tuple[Path, int]]:
+    """Files that are being written, or were, with their times."""
+    found = set()
+    for path in output.rglob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path, path.stat().st_mtime_ns))
+    return found
+
+
 def kill_at_random_moments(
     arguments: list[str], environment: dict[str, str], output: Path, times: int, span: float
 ) -> int:
     """Starts the command and kills it, again and again; returns how often something was under way."""
     rng, hit = random.Random(times), 0
     for _ in range(times):
+        before = partial_files(output)
         process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(rng.uniform(0.2, 1.0) * span)
+        while process.poll() is None and partial_files(output) <= before:  # it starts
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0.0, 0.4) * span)
         process.send_signal(signal.SIGKILL)
         finished = process.wait() == 0
         names = [path.name for path in output.rglob("*")] if output.exists() else []
