@@ -112,7 +112,7 @@ def test_a_set_up_that_was_ended_halfway_is_made_anew(repository: Repository, en
         assert process.returncode == 130 and err == "error: interrupted: the same command picks it up again\n"
     repository.take_calls()
     assert repository.set_up()[0] == 0
-    assert repository.take_calls()[0] == "venv"
+    assert "venv" in repository.take_calls()  # a pip that nobody ended may still write there
 
 
 def test_a_failed_installation_shows_what_pip_said_and_can_be_repeated(repository: Repository) -> None:
