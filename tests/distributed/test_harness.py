@@ -125,7 +125,7 @@ def test_a_hang_ends_at_the_timeout_and_says_where() -> None:
         began = time.monotonic()
         with pytest.raises(DistributedError, match="did not finish in time") as failure:
             own.run(hang_on_rank_0, timeout=10.0)
-        assert time.monotonic() - began < 100
+        assert time.monotonic() - began < 10 + 5 + 5  # the timeout, the grace, a loaded machine
     assert list(failure.value.errors) == [0]
     assert "in hang_on_rank_0" in failure.value.errors[0]
 

@@ -75,13 +75,15 @@ def repository(tmp_path: Path) -> Repository:
     return Repository(tmp_path / "a clone")
 
 
-def test_the_second_set_up_does_nothing(repository: Repository) -> None:
+def test_the_second_set_up_does_nothing_and_is_quick(repository: Repository) -> None:
     code, out, err = repository.set_up()
     assert (code, err) == (0, "") and "making .venv" in out
     calls = repository.take_calls()
     assert calls[0] == "venv" and sum("install" in call for call in calls) == 2
+    began = time.monotonic()
     code, out, _ = repository.set_up()
     assert (code, repository.take_calls()) == (0, []) and ".venv is ready" in out
+    assert time.monotonic() - began < 2
 
 
 def test_changed_requirements_are_installed_into_the_same_environment(repository: Repository) -> None:

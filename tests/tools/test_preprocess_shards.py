@@ -132,8 +132,7 @@ def kill_at_random_moments(
         time.sleep(rng.uniform(0.0, 0.4) * span)
         process.send_signal(signal.SIGKILL)
         finished = process.wait() == 0
-        names = [path.name for path in output.rglob("*")] if output.exists() else []
-        hit += any(name.endswith(".partial") for name in names)
+        hit += bool(partial_files(output))
         for path in output.glob("*.json"):
             if path.name != "manifest.json":
                 assert path.with_suffix(".bin").exists() and path.with_suffix(".idx").exists()

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_implicit.config import Config, config_from_dict
 from megatron_implicit.conversion.formats.naming import Naming
-from megatron_implicit.conversion.values import count, number, refuse_other, section
 from megatron_implicit.conversion.stored import EMBEDDING
+from megatron_implicit.conversion.values import count, number, refuse_other, section
 from megatron_implicit.errors import CheckpointError
 
 LLAMA = Naming(

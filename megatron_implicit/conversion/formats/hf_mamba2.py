@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_implicit.config import Config, config_from_dict
 from megatron_implicit.conversion.formats.naming import Naming
-from megatron_implicit.conversion.values import count, number, refuse_other
 from megatron_implicit.conversion.stored import EMBEDDING
+from megatron_implicit.conversion.values import count, number, refuse_other
 
 MAMBA2 = Naming(
     whole={EMBEDDING: "backbone.embeddings.weight"},

@@ -12,10 +12,10 @@ from typing import Any
 from megatron_implicit.config import Config, config_from_dict
 from megatron_implicit.conversion.formats.naming import Naming
 from megatron_implicit.conversion.formats.reference import describes
-from megatron_implicit.conversion.values import count, refuse_other, section
 from megatron_implicit.conversion.stored import EMBEDDING, Origin, StoredModel, take_head
 from megatron_implicit.conversion.tensor_files import open_tensor_files, peek_json, read_json
 from megatron_implicit.conversion.tensor_writers import write_pickle
+from megatron_implicit.conversion.values import count, refuse_other, section
 from megatron_implicit.errors import CheckpointError
 
 NAMING = Naming(
